@@ -1,0 +1,163 @@
+"""
+evaluate.py: is an answer right, how good is a policy, and how sure are we of it.
+
+Paper (arXiv 2412.17451v3): the binary reward 1(a == a*) (section on the reward model), greedy accuracy and Pass@K (section
+    on dynamics), the columns of its tables (in-domain test; MathVista's task types; out-of-domain benchmarks).
+Read:     evaluate_policy -> answer_greedily -> grade, then the statistics   (top-down)
+Departs:  the in-domain test carries the task columns (the paper gives them for MathVista); the out-of-domain columns are
+          our five testbeds. Answers are numbers. Intervals are ours: the paper gives none.
+Run:      python evaluate.py runs/NAME      (score a saved policy again)
+"""
+import argparse
+import json
+import math
+import re
+import sys
+from collections import Counter
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from data import TASKS, TESTBEDS, Tokenizer, build_world, render
+from model import Prompt, load_policy, sample
+
+COLUMNS = ("ID", *TASKS, *TESTBEDS, "OOD")
+
+
+# ---------------------------------------------------------------- a policy's row in the result table
+
+def evaluate_policy(name, policy, world, tokenizer, max_new_tokens, seed=0):
+    """Greedy accuracy of a policy on the in-domain test, by task, and on every testbed: one row of the result table.
+
+    Returns {name, id: {all, FQA, ...}, ood: {style, ..., all}, unparseable, shuffled_images, ci95, graded}; accuracies in
+    [0, 1]. ood.all is the mean of the testbeds. `shuffled_images` is the in-domain accuracy when every question gets the
+    picture of another one: what can be had without looking. `ci95` mirrors id and ood with bootstrap intervals over
+    questions. `graded` holds one letter per question (r right, w wrong, u unparseable) for paired comparisons later."""
+    graded = {split: grade_greedily(policy, world[split], tokenizer, max_new_tokens, f"{name}: {split}") for split in ("test", *TESTBEDS)}
+    tasks = [question.task for question in world["test"]]
+    parts = {"all": graded["test"], **{task: [g for g, t in zip(graded["test"], tasks) if t == task] for task in TASKS}}
+    beds = {bed: graded[bed] for bed in TESTBEDS}
+    right = {key: np.array([g == "right" for g in group], float) for key, group in {**parts, **beds, "ID": parts["all"]}.items()}
+    row = {"name": name,
+           "id": {key: float(right[key].mean()) for key in parts},
+           "ood": {bed: float(right[bed].mean()) for bed in TESTBEDS},
+           "unparseable": Counter(graded["test"])["unparseable"] / len(tasks)}
+    row["ood"]["all"] = float(np.mean(list(row["ood"].values())))
+    row["ci95"] = {"id": {key: bootstrap_interval([right[key]]) for key in parts},
+                   "ood": {bed: bootstrap_interval([right[bed]]) for bed in TESTBEDS} | {"all": bootstrap_interval([right[bed] for bed in TESTBEDS])}}
+    circle = np.random.default_rng(seed).permutation(len(tasks))    # in a random circle, everyone takes the picture of the one before
+    order = np.empty(len(tasks), int)
+    order[circle] = np.roll(circle, 1)
+    shuffled = grade_greedily(policy, world["test"], tokenizer, max_new_tokens, f"{name}: shuffled images",
+                              images=[world["test"][i] for i in order])
+    row["shuffled_images"] = Counter(shuffled)["right"] / len(tasks)
+    row["graded"] = {split: "".join(g[0] for g in group) for split, group in graded.items()}
+    return row
+
+
+def make_prompts(questions, tokenizer, image_size, with_answer=False, images=None):
+    """Prompts for questions: the picture and the question, and with `with_answer` the gold answer (the paper's warm-up).
+    `images`: take the pictures of these questions instead (the shuffled control)."""
+    return [Prompt(torch.from_numpy(render(pictured, image_size)), tokenizer.prompt(question.text, question.answer if with_answer else None))
+            for question, pictured in zip(questions, images or questions)]
+
+
+def sample_texts(policy, prompts, tokenizer, rollouts_per_question, temperature, max_new_tokens, seed, title):
+    """`model.sample` behind a progress bar. Returns (texts, responses), both [question][rollout]."""
+    with tqdm(desc=title, unit=" tokens", unit_scale=True, leave=False, mininterval=1, total=None) as bar:
+        responses = sample(policy, prompts, rollouts_per_question, temperature, max_new_tokens, seed, tokenizer.EOS, on_tokens=bar.update)
+    return [[tokenizer.decode(response.tokens) for response in group] for group in responses], responses
+
+
+def grade_greedily(policy, questions, tokenizer, max_new_tokens, title, images=None):
+    """Grades ("right", "wrong", "unparseable") of the greedy responses to questions."""
+    prompts = make_prompts(questions, tokenizer, policy.config.image_size, images=images)
+    texts, _ = sample_texts(policy, prompts, tokenizer, 1, 0.0, max_new_tokens, 0, title)
+    return [grade(text, question.answer) for (text,), question in zip(texts, questions)]
+
+
+NUMBER_AT_END = re.compile(r"answer:[ \t]*([+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+))[ \t]*\.?\s*\Z")
+
+
+def grade(text, gold):
+    """Binary reward 1(a == a*), with a third outcome: "right", "wrong" or "unparseable".
+
+    The answer is the number after the last "answer:", and nothing may follow it. It is compared by value: 7, 7.0 and 07
+    agree. Without such a number the response is "unparseable", which is counted apart everywhere."""
+    match = NUMBER_AT_END.search(text)
+    if not match:
+        return "unparseable"
+    return "right" if Fraction(match[1]) == Fraction(gold) else "wrong"
+
+
+# ---------------------------------------------------------------- statistics
+
+def pass_at_k(n, c, k):
+    """Chance that k responses drawn from n without replacement hold at least one of the c right ones: the unbiased
+    estimator of Chen et al. 2021 (arXiv 2107.03374), Pass@K = 1 - C(n-c, k) / C(n, k)."""
+    if not (0 <= c <= n and 1 <= k <= n):
+        raise ValueError(f"pass_at_k needs 0 <= c <= n and 1 <= k <= n, got n={n}, c={c}, k={k}")
+    return 1 - math.comb(n - c, k) / math.comb(n, k)
+
+
+def bootstrap_interval(groups, draws=2000, seed=0):
+    """95 % percentile interval of the mean of group means, resampling the questions of each group (list of 1-d arrays).
+    One group: an accuracy. Differences of two policies' per-question results: a paired comparison."""
+    rng = np.random.default_rng(seed)
+    means = np.mean([values[rng.integers(len(values), size=(draws, len(values)))].mean(axis=1) for values in map(np.asarray, groups)], axis=0)
+    return [float(edge) for edge in np.percentile(means, [2.5, 97.5])]
+
+
+def paired_gain(row, other):
+    """How much `row` beats `other` on the same questions: {id: [gain, low, high], ood: [gain, low, high]}, 95 % intervals."""
+    def difference(split):
+        return np.array([(a == "r") - (b == "r") for a, b in zip(row["graded"][split], other["graded"][split])], float)
+    beds = [difference(bed) for bed in TESTBEDS]
+    return {"id": [float(difference("test").mean()), *bootstrap_interval([difference("test")])],
+            "ood": [float(np.mean([bed.mean() for bed in beds])), *bootstrap_interval(beds)]}
+
+
+def most_frequent_answer(train, test):
+    """Accuracy on `test` of always saying the template's most frequent answer in `train`: the price of not looking."""
+    counts = {}
+    for question in train:
+        counts.setdefault(question.template, Counter())[question.answer] += 1
+    return sum(counts[q.template].most_common(1)[0][0] == q.answer for q in test if q.template in counts) / len(test)
+
+
+def format_table(rows):
+    """The result table as text: the paper's columns, accuracies in percent."""
+    width = max(len(row["name"]) for row in rows)
+    lines = [" " * width + "".join(f"{column:>9}" for column in COLUMNS)]
+    for row in rows:
+        values = [row["id"]["all"], *(row["id"][task] for task in TASKS), *(row["ood"][bed] for bed in TESTBEDS), row["ood"]["all"]]
+        lines.append(f"{row['name']:<{width}}" + "".join(f"{100 * value:>9.1f}" for value in values))
+    return "\n".join(lines)
+
+
+def main(argv=None):
+    """Command line of this file: score the policy of a finished run again."""
+    parser = argparse.ArgumentParser(description="Score a saved policy on the test and the testbeds.")
+    parser.add_argument("run", metavar="runs/NAME", help="the folder of a run")
+    args = parser.parse_args(argv)
+    folder = Path(args.run)
+    try:
+        config = json.loads((folder / "config.json").read_text())
+        policy, vocabulary = load_policy(folder / "policy.safetensors", "cuda" if torch.cuda.is_available() else "cpu")
+    except (OSError, ValueError) as error:
+        parser.exit(2, f"evaluate.py: {folder}: not the folder of a finished run ({error})\n")
+    tokenizer = Tokenizer()
+    if vocabulary != tokenizer.symbols:
+        parser.exit(2, f"evaluate.py: {folder}/policy.json: its vocabulary is not this version's; train again with python mstar.py\n")
+    world = build_world(config["splits"], config["world_seed"])
+    row = evaluate_policy(folder.name, policy, world, tokenizer, config["max_new_tokens"])
+    print(format_table([row]))
+    low, high = row["ci95"]["id"]["all"]
+    print(f"in-domain accuracy {100 * row['id']['all']:.1f} % [{100 * low:.1f}, {100 * high:.1f}]")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,494 @@
+"""
+mstar.py: self-evolving training, from a base model to a policy that reasons. The story starts here.
+
+Paper (arXiv 2412.17451v3, "Diving into Self-Evolving Training for Multimodal Reasoning"): warm-up, then rounds of
+    generate (sample L responses per question), improve (keep those the reward accepts, SFT on them), with the weights, the
+    optimizer state and the schedule carried from round to round: "Continuous Self-Evolving".
+Read:     Config -> main -> stage_base -> stage_warmup -> self_evolve -> train   (top-down: in the order it runs)
+Departs:  the base model is trained here, from scratch, on a stated diet (stage_base); the paper starts from a pretrained LMM.
+          The learning rate is larger (the paper: 1e-6 for 8B parameters) and rounds are counted in updates, not epochs.
+          Pixels, words and questions come from data.py's world. The process reward model is not here yet.
+Run:      python mstar.py [--preset cpu|gpu|test] [--seed N] [--out runs/NAME] [any field of Config]
+"""
+import argparse
+import copy
+import json
+import math
+import os
+import platform
+import random
+import sys
+import time
+import zlib
+from collections import Counter
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from data import TESTBEDS, Tokenizer, build_world, oracle, write_caption, write_reasoning
+from evaluate import (evaluate_policy, format_table, grade, make_prompts, most_frequent_answer, paired_gain, pass_at_k, sample_texts)
+from model import ModelConfig, Policy, save_policy
+
+METHODS = {     # the paper's rows, as bundles of switches (its Table 1)
+    "continuous": dict(start_from="last", optimizer="inherit", interval=0.25),
+    "iterative_rft": dict(start_from="last", optimizer="reset", interval=1.0),
+    "rest_em": dict(start_from="warmup", optimizer="reset", interval=1.0),
+}
+
+
+@dataclass
+class Config:
+    """Every value that a run depends on. Each field is a flag; a preset fills it, a method sets the switches, a flag wins."""
+    out: str = ""                        # folder of the run; empty: runs/PRESET-METHOD-seedN, with a number if taken
+    method: str = "continuous"           # one of METHODS
+    seed: int = 0                        # weights, order of the data, sampling
+    device: str = ""                     # empty: cuda, then mps, then cpu
+    # the world
+    world_seed: int = 0                  # which pictures and questions; the tests are the same for all --seed
+    labeled: int = 3000                  # training questions with answers (and as many unlabeled ones)
+    validation: int = 250
+    test: int = 750
+    testbed: int = 250                   # questions of each out-of-domain testbed
+    # the policy
+    image_size: int = 64
+    patch_size: int = 8
+    vision_width: int = 64
+    vision_layers: int = 2
+    vision_heads: int = 2
+    width: int = 128
+    layers: int = 3
+    heads: int = 4
+    kv_heads: int = 2
+    # base: what the pretrained LMM of the paper has and ours must learn first
+    base_images: int = 10000             # captioned pictures; no question of another split shares a picture with them
+    base_arithmetic: int = 6000          # texts of eight arithmetic facts
+    base_worked: int = 200               # worked examples that are asked like a test question
+    base_worked_with_answer: int = 1000  # worked examples with the answer in the prompt
+    base_caption_updates: int = 900      # first captions and arithmetic alone, then
+    base_updates: int = 400              # all of it
+    base_lr: float = 2e-3
+    # warm-up
+    warmup_questions: int = 1500         # labeled questions that the base model explains, the answer given
+    warmup_rollouts: int = 4
+    warmup_updates: int = 150
+    warmup_lr: float = 5e-4
+    # self-evolving: the switches
+    start_from: str = "last"             # weights an iteration's training starts from: last or warmup
+    optimizer: str = "inherit"           # inherit or reset optimizer state and schedule at each iteration
+    interval: float = 0.25               # share of the labeled questions per iteration
+    temperature: float = 1.0             # of the sampled responses
+    passes: float = 2.0                  # how often each labeled question is asked in all
+    rollouts_per_question: int = 8       # L; the paper: 16
+    evolve_updates: int = 480            # updates of all iterations together, equal for every method
+    evolve_lr: float = 3e-4              # constant, as in the paper
+    # everywhere
+    batch_size: int = 64
+    lr_warmup_updates: int = 20          # linear start of every learning-rate schedule
+    monitor_rollouts: int = 16           # n of pass@k on validation
+    max_new_tokens: int = 72             # the longest true reasoning text has 64 tokens
+
+    @property
+    def splits(self):
+        """Sizes of the splits, for data.build_world."""
+        base = max(self.base_images, self.base_worked + self.base_worked_with_answer)
+        return {"base": base, "labeled": self.labeled, "unlabeled": self.labeled, "validation": self.validation,
+                "test": self.test, **dict.fromkeys(TESTBEDS, self.testbed)}
+
+    @property
+    def queries(self):
+        """Questions asked per iteration."""
+        return max(1, round(self.interval * self.labeled))
+
+    @property
+    def iterations(self):
+        """Rounds of self-evolving."""
+        return max(1, round(self.passes * self.labeled / self.queries))
+
+
+PRESETS = {
+    "cpu": {},                                                     # the defaults above: a laptop, 2 cores
+    "test": dict(labeled=40, validation=10, test=20, testbed=5, width=32, layers=1, heads=2, kv_heads=1, vision_width=16, vision_layers=1,
+                 base_images=60, base_arithmetic=20, base_worked=20, base_worked_with_answer=20, base_caption_updates=4, base_updates=4,
+                 warmup_questions=10, warmup_rollouts=2, warmup_updates=3, passes=0.5, rollouts_per_question=2, evolve_updates=4,
+                 batch_size=8, lr_warmup_updates=2, monitor_rollouts=4),
+    "gpu": dict(labeled=20000, image_size=128, patch_size=16, vision_width=256, vision_layers=4, vision_heads=4, width=384, layers=6, heads=6, kv_heads=2,
+                base_images=60000, base_arithmetic=30000, base_caption_updates=5000, base_updates=1500, base_lr=1e-3,
+                warmup_questions=5000, warmup_updates=600, warmup_lr=3e-4, rollouts_per_question=16, evolve_updates=4000, evolve_lr=1e-4, batch_size=128),
+}
+
+
+# ---------------------------------------------------------------- the run
+
+def main(argv=None):
+    """The main job: all stages in order, then the table. Returns the report."""
+    began = time.time()
+    cfg, preset = parse(sys.argv[1:] if argv is None else argv)
+    out = new_folder(cfg, preset)
+    device = cfg.device or ("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
+    torch.manual_seed(cfg.seed)
+    world, tokenizer = build_world(cfg.splits, cfg.world_seed), Tokenizer()
+    policy = new_policy(cfg, tokenizer).to(device)
+    announce(cfg, preset, out, device, policy, world)
+    write_json(out / "config.json", {"preset": preset, **asdict(cfg), "splits": cfg.splits})
+
+    base = stage_base(cfg, policy, world, tokenizer)
+    warm = stage_warmup(cfg, base, world, tokenizer)
+    sft = stage_direct_sft(cfg, base, world, tokenizer)
+    policy, iterations = self_evolve(cfg, warm, world, tokenizer, out)
+    save_policy(policy, out / "policy.safetensors", tokenizer.symbols)
+
+    named = {"base": base, "+ warm-up": warm, "SFT (direct answers)": sft, cfg.method: policy}
+    rows = [evaluate_policy(name, p, world, tokenizer, cfg.max_new_tokens) for name, p in named.items()]
+    report = write_report(out, cfg, preset, device, rows, iterations, most_frequent_answer(world["labeled"], world["test"]), began)
+    print_result(report)
+    return report
+
+
+# ---------------------------------------------------------------- stage 1: base
+
+def stage_base(cfg, policy, world, tokenizer):
+    """Train the stand-in for a pretrained LMM, in place: it sees and speaks, but reasons badly when asked alone.
+
+    Diet, all from the base split's pictures: captions (everything the picture shows, in random order), arithmetic facts,
+    `base_worked_with_answer` worked examples with the answer in the prompt (that is how it can explain answers at warm-up)
+    and `base_worked` asked like a test question. Captions first: on worked examples alone, perception does not get learned."""
+    rng = random.Random(seed_of(cfg, "base"))
+    questions, worked = world["base"], cfg.base_worked + cfg.base_worked_with_answer
+    prompts = make_prompts(questions, tokenizer, cfg.image_size)
+    captions = [Example(prompt.image, tokenizer.prompt("describe"), tokenizer.response(write_caption(question, rng)))
+                for prompt, question in zip(prompts[:cfg.base_images], questions) for _ in range(2)]
+    blank = torch.full_like(prompts[0].image, 255)
+    facts = [Example(blank, tokenizer.prompt("calculate"), tokenizer.response(arithmetic(rng))) for _ in range(cfg.base_arithmetic)]
+    examples = []
+    for i, (prompt, question) in enumerate(zip(prompts[:worked], questions)):
+        ids = tokenizer.prompt(question.text, question.answer if i >= cfg.base_worked else None)
+        examples.append(Example(prompt.image, ids, tokenizer.response(write_reasoning(question, rng))))
+    total = cfg.base_caption_updates + cfg.base_updates
+    optimizer, schedule = new_optimizer(policy, cfg.base_lr, cfg, decay_over=total)
+    train(policy, optimizer, schedule, captions + facts, cfg.base_caption_updates, cfg, "base: captions, arithmetic")
+    # worked examples are few: repeat them to half of the second part's diet
+    repeats = math.ceil((len(captions) + len(facts)) / max(1, len(examples)))
+    train(policy, optimizer, schedule, captions + facts + repeats * examples, cfg.base_updates, cfg, "base: + worked examples")
+    return policy
+
+
+def arithmetic(rng):
+    """Eight facts, drawn like the operations of the world: sums and differences up to 99, products with a factor below 10."""
+    lines = []
+    while len(lines) < 8:
+        sign, left, right = rng.choice("+-*"), rng.randint(1, 99), rng.randint(1, 50)
+        if sign == "*":
+            left, right = sorted((rng.randint(1, 30), rng.randint(2, 9)), key=lambda _: rng.random())
+        result = {"+": left + right, "-": left - right, "*": left * right}[sign]
+        if 1 <= result <= 99:
+            lines.append(f"{left} {sign} {right} = {result}")
+    return "\n".join(lines)
+
+
+# ---------------------------------------------------------------- stage 2: warm-up
+
+def stage_warmup(cfg, base, world, tokenizer):
+    """The paper's warm-up: the base model writes reasoning with the answer in its prompt; responses whose own answer is
+    wrong are dropped; the base model is trained on the rest, without the answer in the prompt. Returns pi_0, a new policy."""
+    questions = world["labeled"][:cfg.warmup_questions]
+    texts, responses = sample_texts(base, make_prompts(questions, tokenizer, cfg.image_size, with_answer=True), tokenizer, cfg.warmup_rollouts, 1.0,
+                                    cfg.max_new_tokens, seed_of(cfg, "warmup"), "warm-up: base explains answers")
+    kept, counts = keep_right(questions, texts)
+    print(f"warm-up   {counts['responses']:,} responses with the answer in the prompt, {share(counts['right'], counts['responses'])} right, "
+          f"{len(kept):,} different ones kept, of them {share(false_steps(questions, kept), len(kept))} with a false step (oracle)")
+    policy = copy.deepcopy(base)
+    optimizer, schedule = new_optimizer(policy, cfg.warmup_lr, cfg)
+    train(policy, optimizer, schedule, as_examples(questions, kept, tokenizer, cfg), cfg.warmup_updates, cfg, "warm-up: SFT")
+    return policy
+
+
+def stage_direct_sft(cfg, base, world, tokenizer):
+    """The paper's "SFT" row: the base model trained on the answers of the labeled questions, without reasoning; as many
+    updates as warm-up and self-evolving make together. Returns a new policy."""
+    examples = [Example(prompt.image, prompt.ids, tokenizer.response(f"answer: {question.answer}"))
+                for prompt, question in zip(make_prompts(world["labeled"], tokenizer, cfg.image_size), world["labeled"])]
+    policy = copy.deepcopy(base)
+    optimizer, schedule = new_optimizer(policy, cfg.warmup_lr, cfg)
+    train(policy, optimizer, schedule, examples, cfg.warmup_updates + cfg.evolve_updates, cfg, "SFT on direct answers")
+    return policy
+
+
+# ---------------------------------------------------------------- stage 4: self-evolve (stage 3 will be the PRM)
+
+def self_evolve(cfg, warm, world, tokenizer, out):
+    """The loop of the paper: generate, reward, improve, watch; weights, optimizer and schedule live on between iterations
+    (or not: `start_from`, `optimizer`). Returns (policy, metrics of each iteration)."""
+    policy = copy.deepcopy(warm)
+    optimizer, schedule = new_optimizer(policy, cfg.evolve_lr, cfg)
+    metrics = [monitor(cfg, policy, world, tokenizer)]
+    log(out, metrics[0])
+    stream = question_stream(world["labeled"], random.Random(seed_of(cfg, "questions")))
+    for iteration in range(1, cfg.iterations + 1):
+        began = time.time()
+        # 1. Generate: L responses to the next questions from the current policy
+        questions = [next(stream) for _ in range(cfg.queries)]
+        texts, responses = sample_texts(policy, make_prompts(questions, tokenizer, cfg.image_size), tokenizer, cfg.rollouts_per_question,
+                                        cfg.temperature, cfg.max_new_tokens, seed_of(cfg, "generate", iteration), f"iteration {iteration}: responses")
+        # 2. Reward: R = 1(a == a*); right responses, each once per question
+        kept, counts = keep_right(questions, texts)
+        # 3. Improve: SFT on them, from the last checkpoint with a living optimizer ("continuous") or as the switches say
+        if cfg.start_from == "warmup":
+            policy.load_state_dict(warm.state_dict())
+        if cfg.optimizer == "reset":
+            optimizer, schedule = new_optimizer(policy, cfg.evolve_lr, cfg)
+        updates = round(cfg.evolve_updates * iteration / cfg.iterations) - round(cfg.evolve_updates * (iteration - 1) / cfg.iterations)
+        loss = train(policy, optimizer, schedule, as_examples(questions, kept, tokenizer, cfg), updates, cfg, f"iteration {iteration}: SFT")
+        # 4. Watch exploitation (greedy) and exploration (pass@k) on validation questions
+        metrics.append(monitor(cfg, policy, world, tokenizer, iteration) | {
+            "queries": len(questions), "responses": counts["responses"], "correct": counts["right"], "kept": len(kept),
+            "kept_false_step": false_steps(questions, kept) / max(1, len(kept)), "updates": updates if kept else 0, "loss": loss,
+            "seconds": round(time.time() - began, 1)})
+        log(out, metrics[-1])
+    return policy, metrics
+
+
+def question_stream(questions, rng):
+    """Endless questions: every one once before any comes again, in a new random order each time."""
+    while True:
+        yield from rng.sample(questions, len(questions))
+
+
+def keep_right(questions, texts):
+    """The binary reward as a filter. Returns ([(question index, text)] of right responses, each text once per question,
+    and a Counter of responses, right, wrong and unparseable)."""
+    kept, counts = [], Counter(responses=sum(map(len, texts)))
+    for i, (question, group) in enumerate(zip(questions, texts)):
+        grades = [grade(text, question.answer) for text in group]
+        counts.update(grades)
+        kept += [(i, text) for text in dict.fromkeys(text for text, g in zip(group, grades) if g == "right")]
+    return kept, counts
+
+
+def false_steps(questions, kept):
+    """How many of the (question index, text) pairs hold a line that the oracle calls false."""
+    return sum(not all(oracle(questions[i], text)) for i, text in kept)
+
+
+def monitor(cfg, policy, world, tokenizer, iteration=0):
+    """Metrics on the validation questions: one greedy response and `monitor_rollouts` sampled ones each, in one call."""
+    questions, n = world["validation"], cfg.monitor_rollouts
+    temperatures = torch.tensor([0.0] + [cfg.temperature] * n)
+    texts, responses = sample_texts(policy, make_prompts(questions, tokenizer, cfg.image_size), tokenizer, n + 1, temperatures, cfg.max_new_tokens,
+                                    seed_of(cfg, "monitor"), f"iteration {iteration}: validation")     # common random numbers over iterations
+    grades = [[grade(text, question.answer) for text in group] for group, question in zip(texts, questions)]
+    right = [group[1:].count("right") for group in grades]
+    right_texts, _ = keep_right(questions, [group[1:] for group in texts])
+    sampled = [response for group in responses for response in group[1:]]
+    return {"iteration": iteration, "temperature": cfg.temperature,
+            "greedy_accuracy": sum(group[0] == "right" for group in grades) / len(questions),
+            "pass_at_1": sum(right) / len(questions) / n,
+            "pass_at_k": float(np.mean([pass_at_k(n, c, n) for c in right])), "k": n,
+            "false_step": false_steps(questions, right_texts) / max(1, len(right_texts)),      # among different right responses
+            "distinct": float(np.mean([len(set(group[1:])) / n for group in texts])),           # different texts per sampled response
+            # the mean of -log p over sampled tokens estimates the entropy per token of the distribution sampled from, in nats
+            "entropy": -float(np.mean([log_prob for response in sampled for log_prob in response.log_probs])),
+            "unparseable": sum(group[1:].count("unparseable") for group in grades) / len(sampled),
+            "truncated": sum(not response.complete for response in sampled) / len(sampled)}
+
+
+# ---------------------------------------------------------------- SFT, used by every stage
+
+class Example(NamedTuple):
+    """One training example: picture, prompt ids, response ids."""
+    image: torch.Tensor
+    prompt: list
+    response: list
+
+
+def as_examples(questions, kept, tokenizer, cfg):
+    """Training examples of (question index, text) pairs: the answer-free prompt and the text."""
+    prompts = make_prompts(questions, tokenizer, cfg.image_size)
+    return [Example(prompts[i].image, prompts[i].ids, tokenizer.response(text)) for i, text in kept]
+
+
+def new_policy(cfg, tokenizer):
+    """A policy of the configured size with fresh weights (from torch's current random state)."""
+    names = {f.name for f in fields(ModelConfig)} & {f.name for f in fields(Config)}
+    return Policy(ModelConfig(vocabulary=len(tokenizer), **{name: getattr(cfg, name) for name in names}))
+
+
+def new_optimizer(policy, lr, cfg, decay_over=0):
+    """AdamW and its schedule: linear start, then constant, or a cosine to a tenth over `decay_over` updates."""
+    matrices = [p for p in policy.parameters() if p.dim() > 1]     # weight decay for matrices, none for norms and biases
+    vectors = [p for p in policy.parameters() if p.dim() <= 1]
+    groups = [{"params": matrices, "weight_decay": 0.05}, {"params": vectors, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.98), fused=policy.device.type in ("cuda", "cpu"))
+
+    def factor(update):
+        start = min(1.0, (update + 1) / cfg.lr_warmup_updates)
+        return start * (0.55 + 0.45 * math.cos(math.pi * min(1.0, update / decay_over)) if decay_over else 1.0)
+
+    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+
+
+def train(policy, optimizer, schedule, examples, updates, cfg, title):
+    """SFT: `updates` optimizer updates on batches of examples. Returns the mean loss, or None if there is nothing to train on."""
+    if not examples:
+        print(f"{title}: nothing to train on, going on without an update")
+        return None
+    losses, stream = [], batches(examples, cfg.batch_size, random.Random(seed_of(cfg, title)))
+    with tqdm(total=updates, desc=title, unit="update", leave=False, mininterval=1) as bar:
+        for _ in range(updates):
+            images, ids, targets = (part.to(policy.device) for part in next(stream))
+            with policy.precision():
+                loss = policy.loss(images, ids, targets)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+            losses.append(loss.item())
+            bar.update()
+            bar.set_postfix(loss=f"{losses[-1]:.3f}", tokens=int((targets >= 0).sum()), refresh=False)
+    if not math.isfinite(sum(losses)):
+        raise FloatingPointError(f"{title}: the loss is not a finite number any more")
+    return float(np.mean(losses[-100:]))
+
+
+def batches(examples, batch_size, rng):
+    """Endless batches (images, ids, targets), every example once per pass. Examples of like length go together (sorted within
+    windows of 16 batches), so that little of a batch is padding."""
+    while True:
+        order = rng.sample(range(len(examples)), len(examples))
+        groups = []
+        for start in range(0, len(order), 16 * batch_size):
+            window = sorted(order[start:start + 16 * batch_size], key=lambda i: len(examples[i].prompt) + len(examples[i].response))
+            groups += [window[i:i + batch_size] for i in range(0, len(window), batch_size)]
+        for group in rng.sample(groups, len(groups)):
+            yield collate([examples[i] for i in group])
+
+
+def collate(examples):
+    """Tensors of a batch: images (B, size, size, 3), ids (B, T) padded on the right, targets (B, T): the token after each
+    position where that is a response token, else -1, so that neither prompt nor padding is learned."""
+    sequences = [torch.tensor(example.prompt + example.response) for example in examples]
+    ids = torch.nn.utils.rnn.pad_sequence(sequences, batch_first=True, padding_value=Tokenizer.PAD)
+    targets = torch.full_like(ids, -1)
+    for row, example in enumerate(examples):
+        first, last = len(example.prompt), len(example.prompt) + len(example.response)
+        targets[row, first - 1:last - 1] = ids[row, first:last]
+    return torch.stack([example.image for example in examples]), ids[:, :-1], targets[:, :-1]
+
+
+def seed_of(cfg, *what):
+    """A seed for one purpose of one run: independent streams, none depends on what ran before."""
+    return zlib.crc32(repr((cfg.seed, *what)).encode())
+
+
+# ---------------------------------------------------------------- command line, screen and files
+
+def parse(argv):
+    """Flags to (Config, preset name): the preset first, then the method's switches, then what was typed. Exits 2 on wrong use."""
+    parser = argparse.ArgumentParser(description="M-STaR on a small world of visual math.", allow_abbrev=False)
+    parser.error = lambda message: parser.exit(2, f"mstar.py: {message}; see python mstar.py --help\n")
+    parser.add_argument("--preset", choices=PRESETS, default="gpu" if torch.cuda.is_available() else "cpu")
+    choices = {"method": METHODS, "start_from": ("last", "warmup"), "optimizer": ("inherit", "reset")}
+    for f in fields(Config):
+        parser.add_argument(f"--{f.name}", type=type(f.default), choices=choices.get(f.name), default=argparse.SUPPRESS, metavar=f.name.upper())
+    given = vars(parser.parse_args(argv))
+    preset = given.pop("preset")
+    cfg = Config(**{**PRESETS[preset], **METHODS[given.get("method", Config.method)], **given})
+    at_least = dict.fromkeys(("labeled", "validation", "test", "testbed", "width", "layers", "batch_size", "iterations", "lr_warmup_updates",
+                              "rollouts_per_question", "monitor_rollouts", "max_new_tokens", "warmup_rollouts", "warmup_questions", "base_images"), 1)
+    for f in fields(Config):
+        value = getattr(cfg, f.name)
+        if not isinstance(value, str) and (not math.isfinite(value) or value < at_least.get(f.name, 0)):
+            parser.error(f"--{f.name} {value}: must be at least {at_least.get(f.name, 0)}")
+    if not 0 < cfg.interval <= 1:
+        parser.error(f"--interval {cfg.interval}: must be above 0 and at most 1, the share of the questions per iteration")
+    if cfg.image_size % 64 or cfg.image_size % cfg.patch_size or cfg.width % (2 * cfg.heads) or cfg.heads % max(1, cfg.kv_heads):
+        parser.error("--image_size must be a multiple of 64 and of --patch_size, --width of twice --heads, --heads of --kv_heads")
+    return cfg, preset
+
+
+def new_folder(cfg, preset):
+    """Make and return the folder of the run. An existing folder that holds anything is never written to: exit 2."""
+    out = Path(cfg.out) if cfg.out else Path("runs") / f"{preset}-{cfg.method}-seed{cfg.seed}"
+    number = 2
+    while not cfg.out and out.exists():
+        out, number = Path("runs") / f"{preset}-{cfg.method}-seed{cfg.seed}-{number}", number + 1
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        if any(out.iterdir()):
+            raise OSError("not empty; nothing is overwritten, choose a new name")
+        if not os.access(out, os.W_OK):
+            raise OSError("not writable")
+    except OSError as error:
+        print(f"mstar.py: --out {out}: {error.strerror or error}", file=sys.stderr)
+        sys.exit(2)
+    return out
+
+
+def announce(cfg, preset, out, device, policy, world):
+    """What is about to happen, before it starts."""
+    parameters = sum(p.numel() for p in policy.parameters())
+    evolve = cfg.iterations * cfg.queries * cfg.rollouts_per_question
+    sampled = {"warm-up": cfg.warmup_questions * cfg.warmup_rollouts, "self-evolving": evolve,
+               "monitoring": (cfg.iterations + 1) * cfg.validation * (cfg.monitor_rollouts + 1), "tests": 4 * (2 * cfg.test + 5 * cfg.testbed)}
+    updates = {"base": cfg.base_caption_updates + cfg.base_updates, "warm-up": cfg.warmup_updates,
+               "direct SFT": cfg.warmup_updates + cfg.evolve_updates, "self-evolving": cfg.evolve_updates}
+    print(f"run       {out}   preset {preset}, method {cfg.method}, seed {cfg.seed}, on {device} ({torch.get_num_threads()} threads)")
+    print(f"policy    {parameters:,} parameters")
+    print("sets      " + ", ".join(f"{name} {len(questions):,}" for name, questions in world.items()))
+    print(f"responses {sum(sampled.values()):,}: " + ", ".join(f"{name} {n:,}" for name, n in sampled.items()))
+    print(f"updates   {sum(updates.values()):,}: " + ", ".join(f"{name} {n:,}" for name, n in updates.items()) + f" ({cfg.iterations} iterations)")
+
+
+def share(part, whole):
+    """"12.3 %", or a dash of nothing."""
+    return f"{100 * part / whole:.1f} %" if whole else "-"
+
+
+def log(out, metrics):
+    """One line on screen and one in metrics.jsonl."""
+    with open(out / "metrics.jsonl", "a") as file:
+        file.write(json.dumps(metrics) + "\n")
+    trained = f", kept {metrics['kept']:,} of {metrics['responses']:,}, loss {metrics['loss'] or 0:.3f}, {metrics['seconds']:.0f} s" if "kept" in metrics else ""
+    print(f"iteration {metrics['iteration']:>2}: greedy {100 * metrics['greedy_accuracy']:5.1f} %, pass@1 {100 * metrics['pass_at_1']:5.1f} %, "
+          f"pass@{metrics['k']} {100 * metrics['pass_at_k']:5.1f} %, false step in {100 * metrics['false_step']:4.1f} % of right, distinct {metrics['distinct']:.2f}, "
+          f"entropy {metrics['entropy']:.3f}, unparseable {100 * metrics['unparseable']:.1f} %, truncated {100 * metrics['truncated']:.1f} %{trained}", flush=True)
+
+
+def write_json(path, content):
+    """Write JSON beside its place and rename it into place: a file appears whole or not at all."""
+    part = Path(f"{path}.part")
+    part.write_text(json.dumps(content, indent=1))
+    part.replace(path)
+
+
+def write_report(out, cfg, preset, device, rows, iterations, most_frequent, began):
+    """report.json: everything a table or figure is made from."""
+    name = {row["name"]: row for row in rows}
+    report = {"command": "python " + " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]), "preset": preset, "method": cfg.method, "seed": cfg.seed,
+              "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
+              "device": torch.cuda.get_device_name() if device == "cuda" else f"{device}, {platform.machine()}, {torch.get_num_threads()} threads",
+              "seconds": round(time.time() - began, 1), "config": asdict(cfg), "rows": rows, "iterations": iterations,
+              "controls": {"most_frequent_answer": most_frequent}, "gain_over_warmup": paired_gain(name[cfg.method], name["+ warm-up"]),
+              "gain_over_direct_sft": paired_gain(name[cfg.method], name["SFT (direct answers)"])}
+    write_json(out / "report.json", report)
+    return report
+
+
+def print_result(report):
+    """The table, the controls, and last the most important number."""
+    print(f"\n{format_table(report['rows'])}\n")
+    for row in report["rows"]:
+        print(f"{row['name']}: unparseable {share(row['unparseable'], 1)}, with shuffled images {share(row['shuffled_images'], 1)}")
+    print(f"always the template's most frequent answer: {share(report['controls']['most_frequent_answer'], 1)}")
+    print(f"{report['seconds'] / 60:.1f} minutes on {report['device']}")
+    for key, words in (("ood", "out of domain"), ("id", "in domain")):
+        gain, low, high = report["gain_over_warmup"][key]
+        print(f"{report['method']} - warm-up, {words}: {100 * gain:+.1f} points [{100 * low:+.1f}, {100 * high:+.1f}]")
+
+
+if __name__ == "__main__":
+    main()
