@@ -86,11 +86,12 @@ def _stamp(name, px, hollow):
     return np.array(big.resize((px, px), Image.BOX)) > 110
 
 
-def render(question, size=64):
+def render(question, size=128):
     """Draw a question's picture: (size, size, 3) uint8. `size` must be a multiple of 64.
 
     Primitives, in cells of size/4 or units of size/64 pixels: ("bar", column, colour, height 1..9),
-    ("rect", x, y, width, height, colour) on a grid of 8 x 8, ("shape", row, column, name, colour), ("digit", row, column, value).
+    ("rect", x, y, width, height, colour) on a grid of 8 x 8, ("shape", row, column, name, colour), ("item", row, column, name,
+    colour, price 1..9): a small shape with its price beside it in one cell, ("cell", row, column, colour, value): a table cell.
     `look` "style" changes palette, background, line width and adds noise; "layout" shifts, rotates and rescales the whole.
     Both are random, but the same for the same question."""
     if size % 64:
@@ -121,8 +122,14 @@ def render(question, size=64):
             row, column, name, colour = part
             canvas[row * px:(row + 1) * px, column * px:(column + 1) * px][_stamp(name, px, hollow)] = colours[colour]
         else:
-            row, column, value = part
-            canvas[row * px:(row + 1) * px, column * px:(column + 1) * px][_stamp(str(value), px, False)] = ink
+            row, column, *_, value = part
+            square = canvas[row * px:(row + 1) * px, column * px:(column + 1) * px]
+            if kind == "item":
+                square[:9 * u, :9 * u][_stamp(part[2], 9 * u, hollow)] = colours[part[3]]
+                square[8 * u:, 8 * u:][_stamp(str(value), 8 * u, False)] = ink
+            else:
+                square[u // 2:-u // 2, u // 2:-u // 2] = 0.45 * colours[part[2]] + 0.55 * 255
+                square[_stamp(str(value), px, False)] = ink
     if "bar" in kinds:
         canvas[size - 2 * u:size - u, :max(p[1] + 1 for p in question.drawing if p[0] == "bar") * px] = ink
     if styled:
@@ -212,13 +219,14 @@ def tiled_area(rng):                                               # size: a lon
 def _tags(rng, items, places):
     shapes, spots = rng.sample(SHAPES, items), rng.sample(places, items)
     facts = {shape: rng.randint(2, 9) for shape in shapes}
-    drawing = []
-    for shape, (row, column) in zip(shapes, spots):
-        drawing += [("shape", row, column, shape, rng.choice(list(COLOURS))), ("digit", row, column + 1, facts[shape])]
-    return drawing, facts
+    return [("item", *spot, shape, rng.choice(list(COLOURS)), facts[shape]) for shape, spot in zip(shapes, spots)], facts
 
 
-SHOP = [(row, column) for row in range(4) for column in (0, 2)]    # eight places for a shape with its price on the right
+def _cells(rows=range(4), columns=range(4)):
+    return [(row, column) for row in rows for column in columns]
+
+
+SHOP = _cells()                                                    # an item may hang anywhere
 
 
 def _plural(shape):
@@ -259,12 +267,10 @@ def buy_three_kinds(rng):                                          # size: more 
 
 
 def _table(rng):
-    colours, shapes = rng.sample(list(COLOURS), 3), rng.sample(SHAPES, 3)
-    facts = {f"{colour} {shape}": rng.randint(1, 9) for colour in colours for shape in shapes}
-    drawing = [("shape", 0, 1 + i, shape, "purple") for i, shape in enumerate(shapes)]
-    drawing += [("shape", 1 + i, 0, "square", colour) for i, colour in enumerate(colours)]
-    drawing += [("digit", 1 + i, 1 + j, facts[f"{c} {s}"]) for i, c in enumerate(colours) for j, s in enumerate(shapes)]
-    return drawing, facts, colours, shapes
+    colours, columns, first = rng.sample(list(COLOURS), 3), ("left", "middle", "right"), rng.randint(0, 1)
+    facts = {f"{colour} {column}": rng.randint(1, 9) for colour in colours for column in columns}
+    drawing = [("cell", first + i, j, c, facts[f"{c} {s}"]) for i, c in enumerate(colours) for j, s in enumerate(columns)]
+    return drawing, facts, colours, columns
 
 
 def _sums(terms):
@@ -273,14 +279,14 @@ def _sums(terms):
 
 
 def row_total(rng):
-    drawing, facts, colours, shapes = _table(rng)
+    drawing, facts, colours, columns = _table(rng)
     r = rng.choice(colours)
-    return drawing, facts, dict(r=r), _sums([f"{r} {shape}" for shape in shapes])
+    return drawing, facts, dict(r=r), _sums([f"{r} {column}" for column in columns])
 
 
 def column_total(rng):
-    drawing, facts, colours, shapes = _table(rng)
-    r = rng.choice(shapes)
+    drawing, facts, colours, columns = _table(rng)
+    r = rng.choice(columns)
     return drawing, facts, dict(r=r), _sums([f"{colour} {r}" for colour in colours])
 
 
@@ -291,9 +297,9 @@ def multiply_add(rng):
 
 
 def two_rows_total(rng):                                           # size: twice as long a chain
-    drawing, facts, colours, shapes = _table(rng)
+    drawing, facts, colours, columns = _table(rng)
     r, s = rng.sample(colours, 2)
-    red, blue = ([f"{colour} {shape}" for shape in shapes] for colour in (r, s))
+    red, blue = ([f"{colour} {column}" for column in columns] for colour in (r, s))
     return drawing, facts, dict(r=r, s=s), [("+", x, y) for x in _sums(red) for y in _sums(blue)]
 
 
@@ -337,7 +343,7 @@ def three_points(rng):                                             # size: a lon
     return drawing, facts, words, _sums([("*", group, points) for group, points in zip(groups, (n, m, k))])
 
 
-RIGHT = [(row, 2) for row in range(4)]                             # compose: the right half is a shop
+RIGHT = _cells(columns=(2, 3))                                     # compose: the right half is a shop
 
 
 def bars_priced(rng):
@@ -359,7 +365,7 @@ def groups_priced(rng):
     shapes = rng.sample(SHAPES, 2)
     drawing, facts = _scene(rng, rng.sample(list(COLOURS), 2), shapes, rows=range(2))
     a, b = facts
-    tags, prices = _tags(rng, 2, [(row, column) for row in (2, 3) for column in (0, 2)])
+    tags, prices = _tags(rng, 2, _cells(rows=(2, 3)))
     p = rng.choice(list(prices))
     return drawing + tags, facts | prices, dict(a=a.split()[0], b=b.split()[0], p=p), [("*", ("+", a, b), p), ("+", ("*", a, p), ("*", b, p))]
 
@@ -404,13 +410,13 @@ IN_DOMAIN = (
 )
 SIZE = (
     ("FQA", bars_three_scaled, ("each unit is {n} cars. how many cars are {a} and {b} and {c} together?", "")),
-    ("GPS", tiled_area, ("each square of the whole rectangle is {n} points. how many points are there?", "")),
+    ("GPS", tiled_area, ("what is {n} times the area of the whole rectangle?", "")),
     ("MWP", buy_three_kinds, ("what do {n} {a} and {m} {b} and {k} {c} cost?", "")),
     ("TQA", two_rows_total, ("what is the total of the {r} row and the {s} row?", "")),
     ("VQA", three_points, ("a {a} is {n} points and a {b} is {m} and a {c} is {k}. how many points are there?", "")),
 )
 COMPOSE = (                                                        # two hops, each in another task type; filed under the first
-    ("FQA", bars_priced, ("each unit of {a} and {b} costs one {p}. how much do you pay?", "")),
+    ("FQA", bars_priced, ("for each unit of {a} and {b} you pay one {p}. how much do you pay?", "")),
     ("GPS", area_and_price, ("what is the area of {a} plus the cost of one {p}?", "")),
     ("VQA", groups_priced, ("you pay one {p} for each {a} and {b} shape. how much do you pay?", "")),
 )
@@ -465,8 +471,8 @@ def write_reasoning(question, rng):
 
 
 def write_caption(question, rng):
-    """Everything that can be read off the picture, in random order, worded like the readings in a reasoning text."""
-    return "\n".join(f"{subject} is {question.facts[subject]}" for subject in rng.sample(sorted(question.facts), len(question.facts)))
+    """Up to four things that can be read off the picture, in random order, worded like the readings of a reasoning text."""
+    return "\n".join(f"{subject} is {question.facts[subject]}" for subject in rng.sample(sorted(question.facts), min(4, len(question.facts))))
 
 
 READING, OPERATION, ANSWER = (re.compile(p) for p in (r"(.+) is (\d+)", r"(\d+) ([+*-]) (\d+) = (\d+)", r"answer: (\d+)"))
@@ -544,7 +550,7 @@ class Tokenizer:
     def __init__(self):
         wordings = " ".join(w for group in (IN_DOMAIN, SIZE, COMPOSE) for _, _, ws in group for w in ws)
         words = set(re.findall(r"[a-z]+", re.sub(r"\{\w+\}", "", wordings)))
-        words |= {*COLOURS, *SHAPES, *map(_plural, SHAPES), *"highest lowest width height is answer describe calculate".split()}
+        words |= {*COLOURS, *SHAPES, *map(_plural, SHAPES), *"highest lowest left middle right width height is answer describe calculate".split()}
         self.symbols = ["<pad>", "<bos>", "<sep>", "<eos>", "\n", *".,:?+-*=", *map(str, range(LARGEST + 1)), *sorted(words)]
         self.ids = {symbol: i for i, symbol in enumerate(self.symbols)}
 
@@ -586,18 +592,18 @@ def write_preview(path, seed=0):
     world = build_world(sizes, seed)
     rows = [(task, [q for q in world["test"] if q.task == task][:4]) for task in TASKS]
     rows += [(bed, world[bed][:4]) for bed in TESTBEDS]
-    width, height = 300, 330
+    width, height = 300, 220
     sheet = Image.new("RGB", (4 * width, len(rows) * height), "white")
     pen = ImageDraw.Draw(sheet)
     for y, (name, questions) in enumerate(rows):
         for x, question in enumerate(questions):
             left, top = x * width + 8, y * height + 8
-            sheet.paste(Image.fromarray(render(question)).resize((128, 128), Image.NEAREST), (left, top + 14))
+            sheet.paste(Image.fromarray(render(question)), (left, top + 14))
             pen.text((left, top), f"{name} / {question.template}", fill="black")
             pen.rectangle((left - 1, top + 13, left + 128, top + 142), outline="gray")
             reasoning = write_reasoning(question, random.Random(question.id))
             pen.text((left + 136, top + 14), reasoning, fill="black", spacing=1)
-            pen.text((left, top + 150 + max(0, 12 * (reasoning.count("\n") - 11))), "\n".join(textwrap.wrap(question.text, 44)), fill=(0, 60, 160))
+            pen.text((left, top + 148 + (28 if reasoning.count("\n") > 10 else 0)), "\n".join(textwrap.wrap(question.text, 44)), fill=(0, 60, 160))
     sheet.save(path)
 
 

@@ -30,8 +30,8 @@ from torch import nn
 class ModelConfig:
     """Sizes of the network. Heads and shuffle follow the SigLIP + Llama family; `head_dim` is width / heads in both parts."""
     vocabulary: int
-    image_size: int = 64
-    patch_size: int = 8
+    image_size: int = 128
+    patch_size: int = 16
     shuffle: int = 2              # shuffle x shuffle neighbouring patches become one image token
     vision_width: int = 64
     vision_layers: int = 2
@@ -62,6 +62,14 @@ class VisionBlock(nn.Module):
         return x + self.down(F.gelu(self.up(self.norm2(x)), approximate="tanh"))
 
 
+def sine_positions(side, width):
+    """(side^2, width) start values of the learned positions: sines and cosines of x and of y. From there "the patch to the
+    left" is one linear map for all patches; from random values every pair of neighbours has to be learned on its own."""
+    frequency = 100.0 ** (-torch.arange(width // 4) / (width // 4))
+    y, x = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
+    return 0.7 * torch.cat([wave(place.flatten()[:, None] * frequency) for place in (x, y) for wave in (torch.sin, torch.cos)], dim=1)
+
+
 class VisionTower(nn.Module):
     """Images to image tokens of the decoder's width: patches, ViT, pixel shuffle, linear projector."""
 
@@ -69,7 +77,7 @@ class VisionTower(nn.Module):
         super().__init__()
         self.side, self.shuffle = c.image_size // c.patch_size, c.shuffle
         self.patch = nn.Conv2d(3, c.vision_width, c.patch_size, c.patch_size)
-        self.position = nn.Parameter(torch.zeros(self.side ** 2, c.vision_width))     # learned, one per patch
+        self.position = nn.Parameter(sine_positions(self.side, c.vision_width))       # (P, C) learned, one per patch
         self.blocks = nn.ModuleList(VisionBlock(c.vision_width, c.vision_heads) for _ in range(c.vision_layers))
         self.norm = nn.LayerNorm(c.vision_width, eps=1e-6)
         self.project = nn.Linear(c.vision_width * c.shuffle ** 2, c.width, bias=False)
@@ -148,10 +156,9 @@ class Policy(nn.Module):
         self.blocks = nn.ModuleList(DecoderBlock(config) for _ in range(config.layers))
         self.norm = nn.RMSNorm(config.width, eps=1e-5)
         for name, parameter in self.named_parameters():
-            if parameter.dim() > 1:                                # residual outputs start small: the sum over layers keeps its scale
+            if parameter.dim() > 1 and name != "vision.position":  # residual outputs start small: the sum over layers keeps its scale
                 scale = (2 * config.layers) ** -0.5 if name.endswith(("out.weight", "down.weight")) else 1.0
                 nn.init.normal_(parameter, std=scale * (parameter[0].numel() ** -0.5 if "embed" not in name else 0.05))
-        nn.init.normal_(self.vision.position, std=0.02)
 
     @property
     def device(self):

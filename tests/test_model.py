@@ -1,0 +1,163 @@
+"""The network and its sampler, against slow and obvious references."""
+import torch
+import torch.nn.functional as F
+
+import pytest
+
+from data import Tokenizer
+from model import ModelConfig, Policy, Prompt, draw, load_policy, sample, sample_without_cache, save_policy
+
+END = Tokenizer.EOS
+
+
+def pad(prompts, extra=()):
+    ids = [torch.tensor(prompt.ids + list(extra)) for prompt in prompts]
+    return torch.stack([prompt.image for prompt in prompts]), torch.nn.utils.rnn.pad_sequence(ids, batch_first=True)
+
+
+def test_batch_equals_rows_one_by_one(policy, prompts):
+    images, ids = pad(prompts)
+    together = policy(images, ids)
+    for row, prompt in enumerate(prompts):
+        alone = policy(prompt.image[None], torch.tensor([prompt.ids]))[0]
+        torch.testing.assert_close(together[row, :len(prompt.ids)], alone, rtol=1e-4, atol=1e-4)
+
+
+def test_later_tokens_never_change_earlier_logits_and_images_matter(policy, prompts):
+    images, ids = pad(prompts[:2])
+    before, changed = policy(images, ids), ids.clone()
+    changed[:, 6:] = (changed[:, 6:] + 5) % policy.config.vocabulary
+    after = policy(images, changed)
+    assert torch.equal(before[:, :6], after[:, :6]) and not torch.equal(before[:, 6:], after[:, 6:])
+    assert not torch.allclose(before, policy(images.flip(0), ids))
+
+
+def test_pixel_shuffle_keeps_neighbours_together(tokenizer):
+    """Image token i must hold exactly the patches of its own square: a change in one square changes one input of the projector."""
+    policy = Policy(ModelConfig(len(tokenizer), image_size=64, vision_layers=0, patch_size=8))
+    image = torch.full((1, 64, 64, 3), 200, dtype=torch.uint8)
+    for square in range(16):
+        other, (row, column) = image.clone(), divmod(square, 4)
+        other[0, row * 16 + 3, column * 16 + 11] = 0
+        changed = (policy.vision(image) != policy.vision(other)).any(dim=-1)[0]
+        assert changed.nonzero().flatten().tolist() == [square]
+
+
+def test_grouped_query_attention_equals_explicit_attention(policy, prompts):
+    """The decoder block against attention written out with loops over heads."""
+    block, x = policy.blocks[0], torch.randn(2, 9, policy.config.width)
+    cos, sin = policy.rope(torch.arange(9)[None])
+    q, k, v = block.project(x, cos, sin)
+    heads = []
+    for head in range(policy.config.heads):
+        group = head // (policy.config.heads // policy.config.kv_heads)
+        scores = q[:, head] @ k[:, group].transpose(1, 2) / q.shape[-1] ** 0.5
+        scores = scores.masked_fill(torch.ones(9, 9).triu(1).bool(), float("-inf"))
+        heads.append(scores.softmax(-1) @ v[:, group])
+    expected = block.finish(x, torch.stack(heads, 1))
+    torch.testing.assert_close(block(x, cos, sin)[0], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_rope_depends_on_distance_only(policy):
+    D = policy.config.width // policy.config.heads
+    q, k = torch.randn(1, 1, 1, D), torch.randn(1, 1, 1, D)
+    from model import rotate
+    def score(i, j):
+        return (rotate(q, *policy.rope(torch.tensor([[i]]))) * rotate(k, *policy.rope(torch.tensor([[j]])))).sum()
+    torch.testing.assert_close(score(7, 3), score(19, 15), rtol=1e-4, atol=1e-5)
+    assert abs(score(7, 3) - score(7, 4)) > 1e-4
+
+
+def test_only_response_tokens_touch_the_loss(policy, prompts):
+    images, ids = pad(prompts[:3], extra=[20, 21, 22])
+    targets = torch.full_like(ids, -1)
+    for row, prompt in enumerate(prompts[:3]):
+        n = len(prompt.ids)
+        targets[row, n - 1:n + 2] = ids[row, n:n + 3]
+    logits = policy(images, ids)
+    by_hand = [F.cross_entropy(logits[row, len(p.ids) - 1 + j], ids[row, len(p.ids) + j]) for row, p in enumerate(prompts[:3]) for j in range(3)]
+    torch.testing.assert_close(policy.loss(images, ids, targets), torch.stack(by_hand).mean())
+
+
+# ---------------------------------------------------------------- sampler
+
+def test_sampler_equals_the_path_without_cache(policy, prompts):
+    """Prefill + decode with a shared prefix, unequal prompts, mixed temperatures and rows that leave = a full forward per token."""
+    temperatures, length = [0.0, 0.6, 1.0, 1.5], 24
+    assert len({len(prompt.ids) for prompt in prompts}) > 3
+    got = sample(policy, prompts, 4, torch.tensor(temperatures), length, 3, END)
+    uniforms = torch.rand(len(prompts), 4, length, generator=torch.Generator().manual_seed(3))
+    ended = 0
+    for q, prompt in enumerate(prompts):
+        for l, temperature in enumerate(temperatures):
+            expected = sample_without_cache(policy, prompt, temperature, uniforms[q, l], END)
+            assert got[q][l].tokens == expected.tokens and got[q][l].complete == expected.complete
+            torch.testing.assert_close(got[q][l].log_probs, expected.log_probs, rtol=1e-3, atol=1e-4)
+            ended += expected.complete
+    assert 0 < ended < 4 * len(prompts)                            # both ways to end occurred
+
+
+def test_same_seed_same_responses_whatever_the_batch(policy, prompts):
+    whole = sample(policy, prompts, 3, 1.0, 20, 5, END)
+    for rows in (1, 4, 7, 1000):
+        assert [[r.tokens for r in group] for group in sample(policy, prompts, 3, 1.0, 20, 5, END, rows=rows)] == [[r.tokens for r in group] for group in whole]
+    other = sample(policy, prompts, 3, 1.0, 20, 6, END)
+    assert [[r.tokens for r in group] for group in other] != [[r.tokens for r in group] for group in whole]
+
+
+def test_temperatures_in_one_batch_equal_separate_runs(policy, prompts):
+    mixed = sample(policy, prompts, 2, torch.tensor([0.5, 1.2]), 20, 5, END)
+    for l, temperature in enumerate((0.5, 1.2)):
+        alone = sample(policy, prompts, 2, temperature, 20, 5, END)
+        assert [group[l].tokens for group in mixed] == [group[l].tokens for group in alone]
+
+
+def test_greedy_takes_the_most_likely_token_and_leaves_the_policy_as_it_was(policy, prompts):
+    policy.train()
+    before = {name: tensor.clone() for name, tensor in policy.state_dict().items()}
+    (response,), = sample(policy, prompts[:1], 1, 0, 10, 0, END)
+    ids = list(prompts[0].ids)
+    for token in response.tokens:
+        assert token == policy(prompts[0].image[None], torch.tensor([ids]))[0, -1].argmax().item()
+        ids.append(token)
+    assert policy.training and all(torch.equal(before[name], tensor) for name, tensor in policy.state_dict().items())
+
+
+def test_draw_follows_the_distribution():
+    logits, n = torch.tensor([[2.0, 0.0, -1.0, 1.0]]), 20_000
+    uniform = (torch.arange(n) + 0.5) / n                          # an even grid instead of chance: shares must be exact to 1/n
+    for temperature in (0.5, 1.0, 2.0):
+        tokens, log_probs = draw(logits.expand(n, 4), torch.full((n,), temperature), uniform)
+        expected = (logits[0] / temperature).softmax(0)
+        torch.testing.assert_close(torch.bincount(tokens, minlength=4) / n, expected, rtol=0, atol=2 / n)
+        torch.testing.assert_close(log_probs, expected.log()[tokens])
+    assert draw(logits, torch.tensor([1.0]), torch.tensor([1 - 2**-24]))[0].item() == 3      # the last number below 1 stays inside
+
+
+def test_sampler_refuses_bad_input(policy, prompts):
+    with pytest.raises(ValueError, match="-1"):
+        sample(policy, prompts, 2, -1.0, 5, 0, END)
+    with pytest.raises(ValueError, match="empty prompt"):
+        sample(policy, [Prompt(prompts[0].image, [])], 1, 1.0, 5, 0, END)
+
+
+# ---------------------------------------------------------------- weights on disk
+
+def test_saved_policy_is_the_same_policy(policy, prompts, tokenizer, tmp_path):
+    save_policy(policy, tmp_path / "policy.safetensors", tokenizer.symbols)
+    loaded, vocabulary = load_policy(tmp_path / "policy.safetensors")
+    assert torch.equal(loaded.eval()(*pad(prompts)), policy(*pad(prompts))) and vocabulary == tokenizer.symbols
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["policy.json", "policy.safetensors"]
+
+
+def test_damaged_weights_are_named(policy, tokenizer, tmp_path):
+    path = tmp_path / "policy.safetensors"
+    save_policy(policy, path, tokenizer.symbols)
+    whole = path.read_bytes()
+    path.write_bytes(whole[:len(whole) // 2])
+    with pytest.raises(ValueError, match="policy.safetensors"):
+        load_policy(path)
+    path.write_bytes(whole)
+    (tmp_path / "policy.json").write_text("{}")
+    with pytest.raises(ValueError, match="policy.safetensors"):
+        load_policy(path)

@@ -1,0 +1,195 @@
+"""The stages and the loop: what is learned, what is carried over, what a run leaves behind, and bad input."""
+import json
+import random
+
+import pytest
+import torch
+
+import mstar
+from data import Tokenizer, oracle
+from mstar import Config, Example, batches, collate, keep_right, parse
+
+TINY = ["--preset", "test"]
+
+
+def test_targets_are_the_response_and_nothing_else():
+    image = torch.zeros(64, 64, 3, dtype=torch.uint8)
+    examples = [Example(image, [1, 50, 2], [60, 61, 3]), Example(image, [1, 50, 51, 52, 2], [70, 3])]
+    images, ids, targets = collate(examples)
+    assert ids.tolist() == [[1, 50, 2, 60, 61, 3], [1, 50, 51, 52, 2, 70]]
+    assert targets.tolist() == [[-1, -1, 60, 61, 3, -1], [-1, -1, -1, -1, 70, 3]]
+
+
+def test_batches_take_every_example_once_per_pass():
+    image, rng = torch.zeros(1, 1, 3, dtype=torch.uint8), random.Random(0)
+    examples = [Example(image, [1] * rng.randint(1, 9), [10 + i]) for i in range(50)]
+    stream = batches(examples, 8, random.Random(1))
+    for _ in range(2):
+        got = []
+        while len(got) < 50:
+            targets = next(stream)[2]
+            got += targets[targets >= 0].tolist()
+        assert sorted(got) == list(range(10, 60))
+
+
+def test_training_lowers_the_loss_on_what_it_trains(policy):
+    cfg = Config(batch_size=4, lr_warmup_updates=2)
+    image = torch.randint(0, 255, (64, 64, 3), dtype=torch.uint8)
+    examples = [Example(image, [1, 50 + i, 2], [60 + i, 70 - i, 3]) for i in range(8)]
+    before = policy.loss(*collate(examples)).item()
+    mstar.train(policy, *mstar.new_optimizers(policy, 3e-3, cfg), examples, 30, cfg, "test")
+    assert policy.loss(*collate(examples)).item() < before / 4
+
+
+def test_keep_right_keeps_right_different_ones(world):
+    questions = world["test"][:3]
+    a, b, c = (question.answer for question in questions)
+    texts = [[f"answer: {a}", f"answer: {a}", f"answer: 0{a}", "answer: 0", "hm"], ["answer: 0"] * 5, [f"1 + 1 = 2\nanswer: {c}"] * 5]
+    kept, counts = keep_right(questions, texts)
+    assert kept == [(0, f"answer: {a}"), (0, f"answer: 0{a}"), (2, f"1 + 1 = 2\nanswer: {c}")]
+    assert counts == {"responses": 15, "right": 8, "wrong": 6, "unparseable": 1}
+
+
+def test_arithmetic_is_true():
+    rng = random.Random(0)
+    for _ in range(200):
+        for line in mstar.arithmetic(rng).split("\n"):
+            left, right = line.split(" = ")
+            assert eval(left) == int(right) and 1 <= int(right) <= 99
+        Tokenizer().encode(line)
+
+
+def test_question_stream_asks_all_before_any_again():
+    stream = mstar.question_stream(list(range(7)), random.Random(0))
+    rounds = [[next(stream) for _ in range(7)] for _ in range(3)]
+    assert all(sorted(r) == list(range(7)) for r in rounds) and rounds[0] != rounds[1]
+
+
+def evolve(world, tokenizer, tmp_path, monkeypatch, *flags):
+    """self_evolve on the test preset with known right responses; returns what each call of train saw."""
+    cfg, _ = parse([*TINY, "--validation", "2", "--labeled", "8", "--passes", "1", "--interval", "0.25", *flags])
+    torch.manual_seed(0)
+    warm, calls = mstar.new_policy(cfg, tokenizer), []
+    small = {"labeled": world["labeled"][:8], "validation": world["validation"][:2]}
+    monkeypatch.setattr(mstar, "monitor", lambda *a, **k: {"iteration": 0, "greedy_accuracy": 0, "pass_at_1": 0, "pass_at_k": 0, "k": 4, "false_step": 0,
+                                                           "distinct": 0, "entropy": 0, "unparseable": 0, "truncated": 0})
+    right = {question.text: f"answer: {question.answer}" for question in small["labeled"]}
+    monkeypatch.setattr(mstar, "sample_texts", lambda policy, prompts, tok, n, *rest: ([[right[tok.decode(p.ids)]] * n for p in prompts], None))
+    real = mstar.train
+
+    def spy(policy, optimizers, schedules, examples, updates, cfg, title):
+        start = {name: tensor.clone() for name, tensor in policy.state_dict().items()}
+        done = sum(int(state["step"]) for state in list(optimizers[0].state.values())[:1])
+        loss = real(policy, optimizers, schedules, examples, updates, cfg, title)
+        calls.append({"start": start, "end": {n: t.clone() for n, t in policy.state_dict().items()}, "done_before": done, "updates": updates,
+                      "examples": examples})
+        return loss
+
+    monkeypatch.setattr(mstar, "train", spy)
+    before = {name: tensor.clone() for name, tensor in warm.state_dict().items()}
+    mstar.self_evolve(cfg, warm, small, tokenizer, tmp_path)
+    assert all(torch.equal(before[name], tensor) for name, tensor in warm.state_dict().items())     # pi_0 is used again by others
+    return warm, calls
+
+
+def same(a, b):
+    return all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_continuous_carries_weights_and_optimizer_over(world, tokenizer, tmp_path, monkeypatch):
+    warm, calls = evolve(world, tokenizer, tmp_path, monkeypatch, "--evolve_updates", "10")
+    assert [call["updates"] for call in calls] == [2, 3, 3, 2] and sum(call["updates"] for call in calls) == 10
+    assert [call["done_before"] for call in calls] == [0, 2, 5, 8]                                    # the optimizer lives on
+    assert same(calls[0]["start"], warm.state_dict())
+    assert all(same(first["end"], second["start"]) and not same(first["start"], first["end"]) for first, second in zip(calls, calls[1:]))
+
+
+def test_rest_em_starts_from_pi_0_with_a_new_optimizer(world, tokenizer, tmp_path, monkeypatch):
+    warm, calls = evolve(world, tokenizer, tmp_path, monkeypatch, "--start_from", "warmup", "--optimizer", "reset", "--evolve_updates", "10")
+    assert [call["done_before"] for call in calls] == [0, 0, 0, 0]
+    assert all(same(call["start"], warm.state_dict()) for call in calls)
+
+
+def test_methods_are_equal_when_there_is_one_iteration(world, tokenizer, tmp_path, monkeypatch):
+    ends = []
+    for method in ("continuous", "iterative_rft", "rest_em"):
+        with monkeypatch.context() as patch:
+            ends.append(evolve(world, tokenizer, tmp_path, patch, "--method", method, "--interval", "1.0")[1][-1]["end"])
+    assert same(ends[0], ends[1]) and same(ends[0], ends[2])
+
+
+def test_an_iteration_without_right_responses_goes_on(world, tokenizer, tmp_path, capsys):
+    cfg, _ = parse([*TINY, "--passes", "0.5"])
+    torch.manual_seed(0)
+    policy = mstar.new_policy(cfg, tokenizer)
+    mstar.self_evolve(cfg, policy, {"labeled": world["labeled"][:40], "validation": world["validation"][:5]}, tokenizer, tmp_path)
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert len(lines) == 3 and lines[1]["kept"] == 0 and lines[1]["updates"] == 0 and lines[1]["loss"] is None
+    assert "nothing to train on" in capsys.readouterr().out
+
+
+# ---------------------------------------------------------------- the whole run
+
+@pytest.fixture(scope="module")
+def two_runs(tmp_path_factory):
+    folders = [tmp_path_factory.mktemp("runs") / name for name in "ab"]
+    return folders, [mstar.main([*TINY, "--out", str(folder)]) for folder in folders]
+
+
+def test_a_run_writes_its_files(two_runs):
+    folders, (report, _) = two_runs
+    assert sorted(path.name for path in folders[0].iterdir()) == ["config.json", "metrics.jsonl", "policy.json", "policy.safetensors", "report.json"]
+    assert json.loads((folders[0] / "report.json").read_text()) == report
+    assert [row["name"] for row in report["rows"]] == ["base", "+ warm-up", "SFT (direct answers)", "continuous"]
+    assert {"command", "preset", "method", "seed", "versions", "device", "seconds", "config", "rows", "iterations"} <= report.keys()
+    assert [line["iteration"] for line in report["iterations"]] == [0, 1, 2]
+
+
+def test_same_seed_same_rows_and_bytes(two_runs):
+    (a, b), reports = two_runs
+    assert reports[0]["rows"] == reports[1]["rows"]
+    assert (a / "policy.safetensors").read_bytes() == (b / "policy.safetensors").read_bytes()
+
+
+def test_a_finished_run_can_be_scored_again(two_runs, capsys):
+    import evaluate
+    evaluate.main([str(two_runs[0][0])])
+    assert "in-domain accuracy" in capsys.readouterr().out.splitlines()[-1]
+
+
+# ---------------------------------------------------------------- bad input
+
+@pytest.mark.parametrize("flags, named", [
+    (["--interval", "0"], "--interval"), (["--interval", "1.5"], "--interval"), (["--temperature", "-1"], "--temperature"), (["--temperature", "nan"], "--temperature"),
+    (["--preset", "huge"], "huge"), (["--method", "magic"], "magic"), (["--nonsense", "1"], "--nonsense"), (["--batch_size", "0"], "--batch_size"),
+    (["--evolve_lr", "-0.1"], "--evolve_lr"), (["--seed", "x"], "--seed"), (["--image_size", "100"], "--image_size"), (["--device", "abacus"], "--device"),
+    (["--temp", "1"], "--temp")])
+def test_wrong_use_exits_2_with_one_line_and_writes_nothing(flags, named, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stop:
+        mstar.main([*TINY, *flags])
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.count("\n") == 1 and named in error
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_in_use_is_never_written_to(tmp_path, capsys):
+    (tmp_path / "mine.txt").write_text("x")
+    (tmp_path / "file").write_text("x")
+    for out, word in ((tmp_path, "new name"), (tmp_path / "file", "exists"), (tmp_path / "file" / "below", "directory")):
+        with pytest.raises(SystemExit) as stop:
+            mstar.main([*TINY, "--out", str(out)])
+        error = capsys.readouterr().err
+        assert stop.value.code == 2 and error.count("\n") == 1 and word in error
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "mine.txt"]
+
+
+def test_default_folder_gets_a_number_instead_of_overwriting(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    cfg, preset = parse(TINY)
+    names = []
+    for _ in range(3):
+        folder = mstar.new_folder(cfg, preset)
+        (folder / "something").touch()
+        names.append(folder.name)
+    assert names == ["test-continuous-seed0", "test-continuous-seed0-2", "test-continuous-seed0-3"]
