@@ -128,7 +128,8 @@ def render(question, size=128):
                 square[:9 * u, :9 * u][_stamp(part[2], 9 * u, hollow)] = colours[part[3]]
                 square[8 * u:, 8 * u:][_stamp(str(value), 8 * u, False)] = ink
             else:
-                square[u // 2:-u // 2, u // 2:-u // 2] = 0.45 * colours[part[2]] + 0.55 * 255
+                strength = (0.7, 0.45, 0.2)[column]                # a row fades from left to right
+                square[u // 2:-u // 2, u // 2:-u // 2] = strength * colours[part[2]] + (1 - strength) * 255
                 square[_stamp(str(value), px, False)] = ink
     if "bar" in kinds:
         canvas[size - 2 * u:size - u, :max(p[1] + 1 for p in question.drawing if p[0] == "bar") * px] = ink

@@ -13,6 +13,7 @@ import json
 import math
 import re
 import sys
+import time
 from collections import Counter
 from fractions import Fraction
 from pathlib import Path
@@ -67,8 +68,14 @@ def make_prompts(questions, tokenizer, image_size, with_answer=False, images=Non
 
 def sample_texts(policy, prompts, tokenizer, rollouts_per_question, temperature, max_new_tokens, seed, title):
     """`model.sample` behind a progress bar. Returns (texts, responses), both [question][rollout]."""
-    with tqdm(desc=title, unit=" tokens", unit_scale=True, leave=False, mininterval=1, total=None) as bar:
-        responses = sample(policy, prompts, rollouts_per_question, temperature, max_new_tokens, seed, tokenizer.EOS, on_tokens=bar.update)
+    began, written = time.time(), 0
+    with tqdm(total=len(prompts) * rollouts_per_question, desc=title, unit=" responses", leave=False, mininterval=1) as bar:
+        def progress(ended, tokens):
+            nonlocal written
+            written += tokens
+            bar.set_postfix_str(f"{written / (time.time() - began):,.0f} tokens/s", refresh=False)
+            bar.update(ended)
+        responses = sample(policy, prompts, rollouts_per_question, temperature, max_new_tokens, seed, tokenizer.EOS, progress=progress)
     return [[tokenizer.decode(response.tokens) for response in group] for group in responses], responses
 
 

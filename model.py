@@ -257,21 +257,21 @@ def draw(logits, temperature, uniform):
     Each row has its own uniform number, so what it draws does not depend on the rows beside it. Temperature 0 is greedy."""
     greedy = temperature == 0
     log_probs = F.log_softmax(logits / torch.where(greedy, 1.0, temperature)[:, None], dim=-1)
-    cdf = log_probs.double().exp().cumsum(dim=-1)                  # double: over 200 summands fp32 would lose rare tokens
-    sampled = torch.searchsorted(cdf, uniform.double()[:, None] * cdf[:, -1:], right=True)[:, 0].clamp(max=logits.shape[1] - 1)
+    cdf = log_probs.exp().cumsum(dim=-1)
+    sampled = torch.searchsorted(cdf, uniform[:, None] * cdf[:, -1:], right=True)[:, 0].clamp(max=logits.shape[1] - 1)
     tokens = torch.where(greedy, logits.argmax(dim=-1), sampled)
     return tokens, log_probs.gather(1, tokens[:, None])[:, 0]
 
 
 @torch.inference_mode()
-def sample(policy, prompts, rollouts_per_question, temperature, max_new_tokens, seed, end_token, rows=512, on_tokens=None):
+def sample(policy, prompts, rollouts_per_question, temperature, max_new_tokens, seed, end_token, rows=512, progress=None):
     """Sample responses: list of Prompt -> list (Q) of lists (L = rollouts_per_question) of Response.
 
     temperature: a number, or anything that broadcasts to (Q, L), so that one call can mix temperatures. 0 is greedy.
     seed: response l of question q draws its token t with uniform number (q, l, t) of one seeded table. The same seed gives
         the same responses whatever `rows` is, up to the floating-point order of the matrix products.
     rows: how many responses are decoded together; bounds the memory of the cache.
-    on_tokens: called with the number of tokens just written (for progress bars).
+    progress: called as progress(responses just ended, tokens just written) after every decode step.
     Raises ValueError for a negative temperature or an empty prompt."""
     L, device = rollouts_per_question, policy.device
     temperature = torch.as_tensor(temperature, dtype=torch.float32).expand(len(prompts), L)
@@ -290,12 +290,12 @@ def sample(policy, prompts, rollouts_per_question, temperature, max_new_tokens, 
         wave = by_length[start:start + per_wave]
         with policy.precision():
             _sample_wave(policy, [prompts[q] for q in wave], temperature[wave].flatten().to(device), uniforms[wave].flatten(0, 1).to(device),
-                         end_token, [responses[q][l] for q in wave for l in range(L)], on_tokens)
+                         end_token, [responses[q][l] for q in wave for l in range(L)], progress)
     policy.train(was_training)
     return [[Response(tokens, tokens[-1] == end_token, log_probs) for tokens, log_probs in group] for group in responses]
 
 
-def _sample_wave(policy, prompts, temperature, uniforms, end_token, out, on_tokens):
+def _sample_wave(policy, prompts, temperature, uniforms, end_token, out, progress):
     """Decode L rollouts of each prompt together and append to `out`, one (tokens, log_probs) per row.
 
     A row's cache has the prompt in columns [0, length) of the first `prefix` columns (padded on the right, masked) and its
@@ -315,22 +315,23 @@ def _sample_wave(policy, prompts, temperature, uniforms, end_token, out, on_toke
     mask[:, prefix:] = True
     cache = [tuple(F.pad(part.repeat_interleave(L, 0), (0, 0, 0, max_new_tokens)) for part in layer) for layer in prefix_cache]
     row = torch.arange(len(out), device=device)                    # which response each row of the batch is
+    alive, count = torch.ones_like(row, dtype=torch.bool), len(out)
 
     steps = []                                                     # (row, token, log_prob) per decoded token, moved to lists at the end
     for t in range(max_new_tokens):
         tokens, log_probs = draw(logits, temperature[row], uniforms[row, t])
         steps.append((row, tokens, log_probs))
-        if on_tokens:
-            on_tokens(len(row))
-        alive = tokens != end_token
-        count = int(alive.sum())
-        if count == 0 or t + 1 == max_new_tokens:
+        alive &= tokens != end_token
+        before, count = count, int(alive.sum()) if t + 1 < max_new_tokens else 0
+        if progress:
+            progress(before - count, before)
+        if count == 0:
             break
         # Finished rows leave. Moving the cache costs a copy, so wait until a fifth of the rows is done; rows that are done
         # but still there go on writing, and what they write is dropped below.
         if count < 0.8 * len(row):
             keep = alive.nonzero()[:, 0]
-            row, tokens, length, mask = row[keep], tokens[keep], length[keep], mask[keep]
+            row, tokens, length, mask, alive = row[keep], tokens[keep], length[keep], mask[keep], alive[keep]
             cache = [(k[keep], v[keep]) for k, v in cache]
         column = prefix + t
         cos, sin = policy.rope((length + t)[:, None])

@@ -65,7 +65,7 @@ class Config:
     kv_heads: int = 2
     # base: what the pretrained LMM of the paper has and ours must learn first
     base_images: int = 10000             # captioned pictures; no question of another split shares a picture with them
-    base_arithmetic: int = 10000          # texts of five arithmetic facts
+    base_arithmetic: int = 5000          # texts of five arithmetic facts
     base_worked: int = 200               # worked examples that are asked like a test question
     base_worked_with_answer: int = 1000  # worked examples with the answer in the prompt
     base_caption_updates: int = 900      # first captions and arithmetic alone, then
@@ -87,7 +87,7 @@ class Config:
     evolve_updates: int = 480            # updates of all iterations together, equal for every method
     evolve_lr: float = 3e-4              # constant, as in the paper
     # everywhere
-    batch_size: int = 64
+    batch_size: int = 32
     lr_warmup_updates: int = 20          # linear start of every learning-rate schedule
     monitor_rollouts: int = 16           # n of pass@k on validation
     max_new_tokens: int = 72             # the longest true reasoning text has 64 tokens
@@ -171,8 +171,8 @@ def stage_base(cfg, policy, world, tokenizer):
     total = cfg.base_caption_updates + cfg.base_updates
     optimizers, schedules = new_optimizers(policy, cfg.base_lr, cfg, cfg.base_muon_lr, decay_over=total)
     train(policy, optimizers, schedules, captions + facts, cfg.base_caption_updates, cfg, "base: captions, arithmetic")
-    # worked examples are few: repeat them to half of the second part's diet
-    repeats = math.ceil((len(captions) + len(facts)) / max(1, len(examples)))
+    # worked examples are few: repeat them until they are more than half of the second part's diet
+    repeats = math.ceil(1.3 * (len(captions) + len(facts)) / max(1, len(examples)))
     train(policy, optimizers, schedules, captions + facts + repeats * examples, cfg.base_updates, cfg, "base: + worked examples")
     return policy
 
@@ -346,7 +346,8 @@ def train(policy, optimizers, schedules, examples, updates, cfg, title):
         print(f"{title}: nothing to train on, going on without an update")
         return None
     losses, stream = [], batches(examples, cfg.batch_size, random.Random(seed_of(cfg, title)))
-    with tqdm(total=updates, desc=title, unit="update", leave=False, mininterval=1) as bar:
+    began, read = time.time(), 0
+    with tqdm(total=updates, desc=title, unit=" updates", leave=False, mininterval=1) as bar:
         for _ in range(updates):
             images, ids, targets = (part.to(policy.device) for part in next(stream))
             with policy.precision():
@@ -358,8 +359,9 @@ def train(policy, optimizers, schedules, examples, updates, cfg, title):
                 schedule.step()
                 optimizer.zero_grad()
             losses.append(loss.item())
+            read += ids.numel()
+            bar.set_postfix_str(f"loss {losses[-1]:.3f}, {read / (time.time() - began):,.0f} tokens/s", refresh=False)
             bar.update()
-            bar.set_postfix(loss=f"{losses[-1]:.3f}", tokens=int((targets >= 0).sum()), refresh=False)
     if not math.isfinite(sum(losses)):
         raise FloatingPointError(f"{title}: the loss is not a finite number any more")
     return float(np.mean(losses[-100:]))
