@@ -98,7 +98,7 @@ class VisionTower(nn.Module):
 def rotate(x, cos, sin):
     """Rotary positions (RoPE), Llama's layout: dimension i turns together with dimension i + D/2. x (B, H, T, D)."""
     left, right = x.chunk(2, dim=-1)
-    return x * cos + torch.cat((-right, left), dim=-1) * sin
+    return (x * cos + torch.cat((-right, left), dim=-1) * sin).type_as(x)      # angles are fp32, x may be bf16
 
 
 class DecoderBlock(nn.Module):

@@ -12,11 +12,13 @@ Run:      python mstar.py [--preset cpu|gpu|test] [--seed N] [--out runs/NAME] [
 """
 import argparse
 import copy
+import inspect
 import json
 import math
 import os
 import platform
 import random
+import re
 import sys
 import time
 import zlib
@@ -49,7 +51,7 @@ class Config:
     device: str = ""                     # empty: cuda, then mps, then cpu
     # the world
     world_seed: int = 0                  # which pictures and questions; the tests are the same for all --seed
-    labeled: int = 3000                  # training questions with answers (and as many unlabeled ones)
+    labeled: int = 8000                  # training questions with answers (and as many unlabeled ones)
     validation: int = 250
     test: int = 750
     testbed: int = 250                   # questions of each out-of-domain testbed
@@ -67,15 +69,15 @@ class Config:
     base_images: int = 10000             # captioned pictures; no question of another split shares a picture with them
     base_arithmetic: int = 5000          # texts of five arithmetic facts
     base_worked: int = 200               # worked examples that are asked like a test question
-    base_worked_with_answer: int = 1000  # worked examples with the answer in the prompt
-    base_caption_updates: int = 900      # first captions and arithmetic alone, then
-    base_updates: int = 400              # all of it
+    base_worked_with_answer: int = 6000  # worked examples with the answer in the prompt
+    base_caption_updates: int = 800      # first captions and arithmetic alone, then
+    base_updates: int = 1800             # all of it
     base_lr: float = 2e-3                # of AdamW (embeddings, norms, biases)
     base_muon_lr: float = 3e-3           # of Muon (the matrices)
     # warm-up
-    warmup_questions: int = 1500         # labeled questions that the base model explains, the answer given
+    warmup_questions: int = 2000         # labeled questions that the base model explains, the answer given
     warmup_rollouts: int = 4
-    warmup_updates: int = 150
+    warmup_updates: int = 200
     warmup_lr: float = 5e-4
     # self-evolving: the switches
     start_from: str = "last"             # weights an iteration's training starts from: last or warmup
@@ -84,7 +86,7 @@ class Config:
     temperature: float = 1.0             # of the sampled responses
     passes: float = 2.0                  # how often each labeled question is asked in all
     rollouts_per_question: int = 8       # L; the paper: 16
-    evolve_updates: int = 480            # updates of all iterations together, equal for every method
+    evolve_updates: int = 1600           # updates of all iterations together, equal for every method
     evolve_lr: float = 3e-4              # constant, as in the paper
     # everywhere
     batch_size: int = 32
@@ -405,8 +407,10 @@ def parse(argv):
     parser.error = lambda message: parser.exit(2, f"mstar.py: {message}; see python mstar.py --help\n")
     parser.add_argument("--preset", choices=PRESETS, default="gpu" if torch.cuda.is_available() else "cpu")
     choices = {"method": METHODS, "device": available(), "start_from": ("last", "warmup"), "optimizer": ("inherit", "reset")}
+    comments = dict(re.findall(r"^    (\w+): \w+ = .*?# (.*)", inspect.getsource(Config), re.MULTILINE))     # a field's comment is its help
     for f in fields(Config):
-        parser.add_argument(f"--{f.name}", type=type(f.default), choices=choices.get(f.name), default=argparse.SUPPRESS, metavar=f.name.upper())
+        parser.add_argument(f"--{f.name}", type=type(f.default), choices=choices.get(f.name), default=argparse.SUPPRESS, metavar=None if f.name in choices else "",
+                            help=f"{comments.get(f.name, '')} [{f.default}]".replace("%", "%%"))
     given = vars(parser.parse_args(argv))
     preset = given.pop("preset")
     cfg = Config(**{**PRESETS[preset], **METHODS[given.get("method", Config.method)], **given})
