@@ -4,20 +4,23 @@ data.py: a small world of visual math, with pictures, questions, written reasoni
 Paper (arXiv 2412.17451v3): the place of MathV360K (training questions, half of them unlabeled) and of MathVista
     (out-of-domain test, task types FQA, GPS, MWP, TQA, VQA). Those need a pretrained 2-8B model; this world is learned
     from nothing in minutes, and its generator knows every fact of every picture.
-Read:     drawing -> templates -> reasoning and oracle -> splits -> tokenizer   (bottom-up: parts first)
+Read:     drawing -> scenes -> templates -> reasoning and oracle -> splits -> tokenizer   (bottom-up: parts first)
 Departs:  questions are made from templates, answers are whole numbers from 1 to 99, pictures are 4 x 4 cells.
           The five task types keep MathVista's names; what is asked in each is our choice.
 Run:      python data.py --preview FILE.png      (a contact sheet of all task types and testbeds)
 """
 import argparse
+import ast
 import operator
 import random
 import re
 import sys
 import textwrap
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -25,12 +28,13 @@ from PIL import Image, ImageDraw
 TASKS = ("FQA", "GPS", "MWP", "TQA", "VQA")                        # MathVista's columns
 TESTBEDS = ("style", "size", "layout", "compose", "wording")       # out of domain, one shift each
 OPERATIONS = {"+": operator.add, "-": operator.sub, "*": operator.mul}
+SIGNS = {ast.Add: "+", ast.Sub: "-", ast.Mult: "*"}
 LARGEST = 99                                                       # every number ever written lies in 1 .. LARGEST
 
 
 @dataclass(frozen=True)
 class Question:
-    """A question about one picture, with its gold answer. `drawing`, `facts` and `trees` are the generator's knowledge:
+    """A question about one picture, with its gold answer. `drawing` and what follows are the generator's knowledge:
     they render the picture and feed the oracle. The policy only ever sees the picture and the text."""
     id: str              # split/number
     task: str            # one of TASKS
@@ -39,7 +43,8 @@ class Question:
     answer: int
     drawing: tuple       # primitives, see `render`
     facts: dict          # everything that can be read off the picture: subject -> number
-    trees: tuple         # equal-valued expressions that lead to the answer, see `write_reasoning`
+    slots: dict          # letter of a route -> a fact's name, or a number of the question
+    routes: tuple        # equal ways to the answer, such as "(a + b) - c"
     look: str = "plain"  # how it is drawn: plain, style or layout
 
 
@@ -128,7 +133,7 @@ def render(question, size=128):
                 square[:9 * u, :9 * u][_stamp(part[2], 9 * u, hollow)] = colours[part[3]]
                 square[8 * u:, 8 * u:][_stamp(str(value), 8 * u, False)] = ink
             else:
-                strength = (0.7, 0.45, 0.2)[column]                # a row fades from left to right
+                strength = (0.6, 0.4, 0.2)[column]                # a row fades from left to right
                 square[u // 2:-u // 2, u // 2:-u // 2] = strength * colours[part[2]] + (1 - strength) * 255
                 square[_stamp(str(value), px, False)] = ink
     if "bar" in kinds:
@@ -144,330 +149,217 @@ def render(question, size=128):
     return canvas
 
 
-# ---------------------------------------------------------------- templates
-# A template draws a scene and returns (drawing, facts, words for the question text, trees). A tree is an expression over
-# facts (strings) and numbers of the question (ints); all trees of a question have the same value by different routes.
+# ---------------------------------------------------------------- scenes
+# A scene draws a picture and names what a question may speak of. It returns (drawing, facts, slots, words): facts maps what
+# can be read off the picture to numbers; slots maps the letters of a template's routes to facts; words fills its wordings.
 
-def _chart(rng, columns=4, first=0):
+def chart(rng, extreme=False, columns=4):
+    """Bars of different colours: a, b, c, d; with `extreme`, e is the highest or the lowest."""
     colours = rng.sample(list(COLOURS), columns)
     facts = {colour: rng.randint(1, 9) for colour in colours}
-    return [("bar", first + i, colour, facts[colour]) for i, colour in enumerate(colours)], facts
+    drawing = [("bar", i, colour, facts[colour]) for i, colour in enumerate(colours)]
+    slots = dict(zip("abcd", rng.sample(colours, columns)))
+    if extreme:
+        facts |= {"highest": max(facts.values()), "lowest": min(facts.values())}
+        slots["e"] = rng.choice(["highest", "lowest"])
+    return drawing, facts, slots, slots
 
 
-def bars_two_minus_one(rng):
-    drawing, facts = _chart(rng)
-    a, b, c = rng.sample(list(facts), 3)
-    return drawing, facts, dict(a=a, b=b, c=c), [("-", ("+", a, b), c), ("+", ("-", a, c), b), ("+", a, ("-", b, c))]
-
-
-def bars_total(rng):
-    drawing, facts = _chart(rng)
-    a, b, c, d = facts
-    return drawing, facts, {}, [("+", ("+", ("+", a, b), c), d), ("+", ("+", a, b), ("+", c, d)), ("+", ("+", ("+", d, c), b), a)]
-
-
-def bars_scaled(rng):
-    drawing, facts = _chart(rng)
-    (a, b), n = rng.sample(list(facts), 2), rng.randint(2, 5)
-    return drawing, facts, dict(a=a, b=b, n=n), [("*", ("+", a, b), n), ("+", ("*", a, n), ("*", b, n))]
-
-
-def bars_extreme(rng):
-    drawing, facts = _chart(rng)
-    end, n = rng.choice(["highest", "lowest"]), rng.randint(2, 9)
-    facts |= {"highest": max(facts.values()), "lowest": min(facts.values())}
-    return drawing, facts, dict(end=end, n=n), [("*", end, n)]
-
-
-def bars_three_scaled(rng):                                        # size: a longer chain
-    drawing, facts = _chart(rng)
-    (a, b, c), n = rng.sample(list(facts), 3), rng.randint(2, 5)
-    return drawing, facts, dict(a=a, b=b, c=c, n=n), [("*", ("+", ("+", a, b), c), n),
-                                                      ("+", ("+", ("*", a, n), ("*", b, n)), ("*", c, n))]
-
-
-def _rectangle(rng, sides=(1, 2, 3, 4), heights=(2, 3, 4, 5, 6, 7), columns=8):
-    (a, b), (w, v), h = rng.sample(list(COLOURS), 2), (rng.choice(sides), rng.choice(sides)), rng.choice(heights)
+def rectangle(rng, longest=4, columns=8):
+    """A rectangle of two colours on a grid: widths a and b, common height h."""
+    (a, b), w, v, h = rng.sample(list(COLOURS), 2), rng.randint(1, longest), rng.randint(1, longest), rng.randint(2, 7)
     x, y = rng.randint(0, columns - w - v), rng.randint(0, 8 - h)
-    return [("rect", x, y, w, h, a), ("rect", x + w, y, v, h, b)], {f"{a} width": w, f"{b} width": v, "height": h}, a, b
+    facts = {f"{a} width": w, f"{b} width": v, "height": h}
+    return [("rect", x, y, w, h, a), ("rect", x + w, y, v, h, b)], facts, dict(zip("abh", facts)), dict(a=a, b=b)
 
 
-def area(rng):
-    drawing, facts, a, b = _rectangle(rng)
-    w, v = f"{a} width", f"{b} width"
-    return drawing, facts, dict(a=a, b=b), [("*", ("+", w, v), "height"), ("+", ("*", w, "height"), ("*", v, "height"))]
-
-
-def perimeter(rng):
-    drawing, facts, a, b = _rectangle(rng)
-    wide = ("+", f"{a} width", f"{b} width")
-    return drawing, facts, dict(a=a, b=b), [("*", ("+", wide, "height"), 2), ("+", ("*", wide, 2), ("*", "height", 2))]
-
-
-def area_difference(rng):
-    drawing, facts, a, b = _rectangle(rng)
-    w, v = f"{a} width", f"{b} width"
-    return drawing, facts, dict(a=a, b=b), [("*", ("-", w, v), "height"), ("-", ("*", w, "height"), ("*", v, "height"))]
-
-
-def tiled_area(rng):                                               # size: a longer chain
-    drawing, facts, words, _ = area(rng)
-    w, v = (f"{words[side]} width" for side in "ab")
-    n = rng.randint(2, 5)
-    return drawing, facts, words | dict(n=n), [("*", ("*", ("+", w, v), "height"), n), ("*", ("+", w, v), ("*", "height", n))]
-
-
-def _tags(rng, items, places):
-    shapes, spots = rng.sample(SHAPES, items), rng.sample(places, items)
+def shop(rng, items=None, rows=range(4), columns=range(4)):
+    """Shapes with prices: a, b, c, ...; "{as}" is the plural of a in a wording."""
+    items = items or rng.randint(3, 4)
+    shapes, spots = rng.sample(SHAPES, items), rng.sample([(row, column) for row in rows for column in columns], items)
     facts = {shape: rng.randint(2, 9) for shape in shapes}
-    return [("item", *spot, shape, rng.choice(list(COLOURS)), facts[shape]) for shape, spot in zip(shapes, spots)], facts
-
-
-def _cells(rows=range(4), columns=range(4)):
-    return [(row, column) for row in rows for column in columns]
-
-
-SHOP = _cells()                                                    # an item may hang anywhere
+    drawing = [("item", *spot, shape, rng.choice(list(COLOURS)), facts[shape]) for shape, spot in zip(shapes, spots)]
+    slots = dict(zip("abcdef", shapes))
+    return drawing, facts, slots, slots | {letter + "s": _plural(shape) for letter, shape in slots.items()}
 
 
 def _plural(shape):
     return shape + ("es" if shape == "cross" else "s")
 
 
-def buy_two_kinds(rng):
-    drawing, facts = _tags(rng, rng.randint(3, 4), SHOP)
-    (a, b), n, m = rng.sample(list(facts), 2), rng.randint(2, 6), rng.randint(2, 6)
-    return drawing, facts, dict(a=_plural(a), b=_plural(b), n=n, m=m), [("+", ("*", a, n), ("*", b, m)), ("+", ("*", b, m), ("*", a, n))]
-
-
-def change(rng):
-    drawing, facts = _tags(rng, rng.randint(3, 4), SHOP)
-    (a, b), n, m = rng.sample(list(facts), 2), rng.randint(2, 6), rng.choice([30, 40, 50, 60, 70, 80, 90])
-    return drawing, facts, dict(a=_plural(a), b=b, n=n, m=m), [("-", m, ("+", ("*", a, n), b)), ("-", ("-", m, ("*", a, n)), b),
-                                                               ("-", ("-", m, b), ("*", a, n))]
-
-
-def buy_each(rng):
-    drawing, facts = _tags(rng, rng.randint(3, 4), SHOP)
-    (a, b), n = rng.sample(list(facts), 2), rng.randint(2, 6)
-    return drawing, facts, dict(a=a, b=b, n=n), [("*", ("+", a, b), n), ("+", ("*", a, n), ("*", b, n))]
-
-
-def buy_difference(rng):
-    drawing, facts = _tags(rng, rng.randint(3, 4), SHOP)
-    (a, b), n = rng.sample(list(facts), 2), rng.randint(3, 9)
-    return drawing, facts, dict(a=_plural(a), b=_plural(b), n=n), [("*", ("-", a, b), n), ("-", ("*", a, n), ("*", b, n))]
-
-
-def buy_three_kinds(rng):                                          # size: more objects, a longer chain
-    drawing, facts = _tags(rng, 6, SHOP)
-    (a, b, c), n, m, k = rng.sample(list(facts), 3), rng.randint(2, 6), rng.randint(2, 6), rng.randint(2, 6)
-    terms = [("*", a, n), ("*", b, m), ("*", c, k)]
-    return (drawing, facts, dict(a=_plural(a), b=_plural(b), c=_plural(c), n=n, m=m, k=k),
-            [("+", ("+", terms[0], terms[1]), terms[2]), ("+", terms[0], ("+", terms[1], terms[2]))])
-
-
-def _table(rng):
+def table(rng, pick):
+    """A table of three coloured rows, each fading from left to right. `pick` says what a, b, c are: the cells of one "row" or
+    "column", or any three "cells"; with "rows", d, e, f are a second row."""
     colours, columns, first = rng.sample(list(COLOURS), 3), ("left", "middle", "right"), rng.randint(0, 1)
     facts = {f"{colour} {column}": rng.randint(1, 9) for colour in colours for column in columns}
     drawing = [("cell", first + i, j, c, facts[f"{c} {s}"]) for i, c in enumerate(colours) for j, s in enumerate(columns)]
-    return drawing, facts, colours, columns
+    (r, s), column = rng.sample(colours, 2), rng.choice(columns)
+    cells = {"row": [f"{r} {x}" for x in columns], "column": [f"{x} {column}" for x in colours], "cells": rng.sample(list(facts), 3),
+             "rows": [f"{x} {y}" for x in (r, s) for y in columns]}[pick]
+    slots = dict(zip("abcdef", cells))
+    return drawing, facts, slots, slots | {"r": column if pick == "column" else r, "s": s}
 
 
-def _sums(terms):
-    a, b, c = terms
-    return [("+", ("+", a, b), c), ("+", ("+", c, b), a), ("+", a, ("+", b, c))]
-
-
-def row_total(rng):
-    drawing, facts, colours, columns = _table(rng)
-    r = rng.choice(colours)
-    return drawing, facts, dict(r=r), _sums([f"{r} {column}" for column in columns])
-
-
-def column_total(rng):
-    drawing, facts, colours, columns = _table(rng)
-    r = rng.choice(columns)
-    return drawing, facts, dict(r=r), _sums([f"{colour} {r}" for colour in colours])
-
-
-def multiply_add(rng):
-    drawing, facts, *_ = _table(rng)
-    a, b, c = rng.sample(list(facts), 3)
-    return drawing, facts, dict(a=a, b=b, c=c), [("+", ("*", a, b), c), ("+", c, ("*", a, b))]
-
-
-def two_rows_total(rng):                                           # size: twice as long a chain
-    drawing, facts, colours, columns = _table(rng)
-    r, s = rng.sample(colours, 2)
-    red, blue = ([f"{colour} {column}" for column in columns] for colour in (r, s))
-    return drawing, facts, dict(r=r, s=s), [("+", x, y) for x in _sums(red) for y in _sums(blue)]
-
-
-def _scene(rng, colours, shapes, rows=range(4), columns=4):
-    """Each row holds one group of equal objects; all (colour, shape) pairs differ, so a group can be named."""
+def groups(rng, colours, pick, rows=range(4)):
+    """Each row holds one group of equal objects. `colours` says how often each colour comes. `pick`: a, b, c are any groups and
+    are called by their "shape", or are the groups that are "in" or "out" of the first colour, called x."""
+    names = rng.sample(list(COLOURS), len(colours))
+    each = rng.sample([name for name, times in zip(names, colours) for _ in range(times)], sum(colours))
     drawing, facts = [], {}
-    for row, colour, shape in zip(rows, colours, shapes):
-        places = rng.sample(range(columns), rng.randint(1, columns))
+    for row, colour, shape in zip(rows, each, rng.sample(SHAPES, len(each))):
+        places = rng.sample(range(4), rng.randint(1, 4))
         drawing += [("shape", row, column, shape, colour) for column in sorted(places)]
         facts[f"{colour} {shape}"] = len(places)
-    return drawing, facts
+    named = [group for group in facts if pick == "shape" or group.startswith(names[0]) == (pick == "in")]
+    slots = dict(zip("abcd", rng.sample(named, len(named))))
+    return drawing, facts, slots, {"x": names[0]} | {letter: group.split()[1] for letter, group in slots.items()}
 
 
-def colour_points(rng):
-    (red, *others), shapes, n = rng.sample(list(COLOURS), 3), rng.sample(SHAPES, 4), rng.randint(2, 9)
-    colours = rng.sample([red, red, *others], 4)
-    drawing, facts = _scene(rng, colours, shapes)
-    a, b = [group for group in facts if group.startswith(red)]
-    return drawing, facts, dict(c=red, n=n), [("*", ("+", a, b), n), ("*", ("+", b, a), n), ("+", ("*", a, n), ("*", b, n))]
+def with_shop(rng, scene, **where):
+    """Compose two task types in one picture: another scene, and a shop of two items, of which p is asked for. Items take none
+    of the colours that the question may name."""
+    drawing, facts, slots, words = scene(rng)
+    while True:
+        items, prices, shapes, _ = shop(rng, items=2, **where)
+        if not {colour for *_, colour, price in items} & set(words.values()):
+            break
+    return drawing + items, facts | prices, slots | {"p": shapes["a"]}, words | {"p": shapes["a"]}
 
 
-def shape_points(rng):
-    shapes, n, m = rng.sample(SHAPES, 4), rng.randint(2, 9), rng.randint(2, 9)
-    drawing, facts = _scene(rng, rng.choices(list(COLOURS), k=4), shapes)
-    a, b = rng.sample(list(facts), 2)
-    (_, s), (_, t) = a.split(), b.split()
-    return drawing, facts, dict(a=s, b=t, n=n, m=m), [("+", ("*", a, n), ("*", b, m)), ("+", ("*", b, m), ("*", a, n))]
+# ---------------------------------------------------------------- templates
+
+class Template(NamedTuple):
+    """A kind of question. `routes` are equal ways to the answer over the scene's slots and the template's numbers.
+    The last of `wordings` is kept for the `wording` testbed (new sentences from known words); the others are used elsewhere."""
+    task: str
+    name: str
+    scene: Callable
+    routes: tuple
+    numbers: dict
+    wordings: tuple
 
 
-def not_colour(rng):
-    (red, *others), shapes = rng.sample(list(COLOURS), 4), rng.sample(SHAPES, 4)
-    drawing, facts = _scene(rng, rng.sample([red, *others], 4), shapes)
-    return drawing, facts, dict(c=red), _sums([group for group in facts if not group.startswith(red)])
+SUM_OF_THREE = ("(a + b) + c", "(c + b) + a", "a + (b + c)")
+SMALL, DIGIT, PURSE = range(2, 7), range(2, 10), range(30, 100, 10)
 
-
-def three_points(rng):                                             # size: a longer chain
-    shapes, (n, m, k) = rng.sample(SHAPES, 4), (rng.randint(2, 9) for _ in range(3))
-    drawing, facts = _scene(rng, rng.choices(list(COLOURS), k=4), shapes)
-    groups = rng.sample(list(facts), 3)
-    words = dict(zip("abc", (group.split()[1] for group in groups)), n=n, m=m, k=k)
-    return drawing, facts, words, _sums([("*", group, points) for group, points in zip(groups, (n, m, k))])
-
-
-RIGHT = _cells(columns=(2, 3))                                     # compose: the right half is a shop
-
-
-def bars_priced(rng):
-    drawing, facts = _chart(rng, columns=2)
-    a, b = facts
-    tags, prices = _tags(rng, 2, RIGHT)
-    p = rng.choice(list(prices))
-    return drawing + tags, facts | prices, dict(a=a, b=b, p=p), [("*", ("+", a, b), p), ("+", ("*", a, p), ("*", b, p))]
-
-
-def area_and_price(rng):
-    drawing, facts, a, b = _rectangle(rng, sides=(1, 2), columns=4)
-    tags, prices = _tags(rng, 2, RIGHT)
-    p = rng.choice(list(prices))
-    return drawing + tags, facts | prices, dict(a=a, p=p), [("+", ("*", f"{a} width", "height"), p), ("+", p, ("*", f"{a} width", "height"))]
-
-
-def groups_priced(rng):
-    shapes = rng.sample(SHAPES, 2)
-    drawing, facts = _scene(rng, rng.sample(list(COLOURS), 2), shapes, rows=range(2))
-    a, b = facts
-    tags, prices = _tags(rng, 2, _cells(rows=(2, 3)))
-    p = rng.choice(list(prices))
-    return drawing + tags, facts | prices, dict(a=a.split()[0], b=b.split()[0], p=p), [("*", ("+", a, b), p), ("+", ("*", a, p), ("*", b, p))]
-
-
-# (task, template, wordings): the last wording is kept for the `wording` testbed, the others are used everywhere else.
-# Testbed wordings are new sentences from known words.
 IN_DOMAIN = (
-    ("FQA", bars_two_minus_one, ("how much are {a} and {b} together minus {c}?", "add {a} and {b}, then take away {c}.",
-                                 "what is {a} plus {b} minus {c}?", "take {c} away from {a} and {b} together.")),
-    ("FQA", bars_total, ("what is the total of all bars?", "how much are all bars together?", "add all the bars.",
-                         "all bars together, what is the total?")),
-    ("FQA", bars_scaled, ("each unit is {n} cars. how many cars are {a} and {b} together?", "how many cars are {a} and {b} with {n} cars for each unit?",
-                          "a unit is {n} cars. add the cars of {a} and {b}.", "add {a} and {b}, {n} cars for each unit.")),
-    ("FQA", bars_extreme, ("what is {n} times the {end} bar?", "multiply the {end} bar by {n}.", "how much is the {end} bar times {n}?",
-                           "take the {end} bar {n} times.")),
-    ("GPS", area, ("what is the area of the whole rectangle?", "how many squares fill the whole rectangle?", "find the area of {a} and {b} together.",
-                   "{a} and {b} together fill how many squares?")),
-    ("GPS", perimeter, ("what is the perimeter of the whole rectangle?", "how long is the line around the rectangle?",
-                        "find the perimeter of {a} and {b} together.", "how long is the line around {a} and {b} together?")),
-    ("GPS", area_difference, ("how much larger is the area of {a} than {b}?", "how many more squares fill {a} than {b}?",
-                              "take the area of {b} away from the area of {a}.", "what is the area of {a} minus the area of {b}?")),
-    ("MWP", buy_two_kinds, ("what do {n} {a} and {m} {b} cost?", "you buy {n} {a} and {m} {b}. how much do you pay?",
-                            "find the cost of {n} {a} and {m} {b}.", "how much do you pay for {n} {a} and {m} {b} together?")),
-    ("MWP", change, ("you have {m} and buy {n} {a} and one {b}. how much is left?", "you pay {m} for {n} {a} and one {b}. what is the change?",
-                     "from {m} you buy one {b} and {n} {a}. find the change.", "what is left from {m} for one {b} and {n} {a}?")),
-    ("MWP", buy_each, ("what do {n} of each {a} and {b} cost?", "you buy {n} of each {a} and {b}. how much do you pay?",
-                       "find the cost of one {a} and one {b}, {n} times.", "how much do you pay for {n} of each {a} and {b}?")),
-    ("MWP", buy_difference, ("how much more do {n} {a} cost than {n} {b}?", "take the cost of {n} {b} away from {n} {a}.",
-                             "find how much more you pay for {n} {a} than for {n} {b}.", "what is the cost of {n} {a} minus the cost of {n} {b}?")),
-    ("TQA", row_total, ("what is the total of the {r} row?", "add the numbers in the {r} row.", "how much is the {r} row together?",
-                        "find the total of all numbers in the {r} row.")),
-    ("TQA", column_total, ("what is the total of the {r} column?", "add the numbers in the {r} column.", "how much is the {r} column together?",
-                           "find the total of all numbers in the {r} column.")),
-    ("TQA", multiply_add, ("multiply {a} by {b}, then add {c}.", "what is {a} times {b} plus {c}?", "find {a} times {b}, then add {c}.",
-                           "how much is {c} plus {a} times {b}?")),
-    ("VQA", colour_points, ("each {c} shape is {n} points. how many points are there?", "how many points are the {c} shapes, {n} for each?",
-                            "find the points of the {c} shapes with {n} for each.", "how many points are {c} shapes with {n} points each?")),
-    ("VQA", shape_points, ("a {a} is {n} points and a {b} is {m}. how many points are there?", "find the points with {n} for each {a} and {m} for each {b}.",
-                           "each {a} is {n} and each {b} is {m}. what is the total?", "how many points are there with {n} for a {a} and {m} for a {b}?")),
-    ("VQA", not_colour, ("how many shapes are not {c}?", "add all shapes that are not {c}.", "find the total of shapes that are not {c}.",
-                         "what is the total of all shapes, not the {c}?")),
+    Template("FQA", "bars_two_minus_one", chart, ("(a + b) - c", "(a - c) + b", "a + (b - c)"), {},
+             ("how much are {a} and {b} together minus {c}?", "add {a} and {b}, then take away {c}.", "what is {a} plus {b} minus {c}?",
+              "take {c} away from {a} and {b} together.")),
+    Template("FQA", "bars_total", chart, ("((a + b) + c) + d", "(a + b) + (c + d)", "((d + c) + b) + a"), {},
+             ("what is the total of all bars?", "how much are all bars together?", "add all the bars.",
+              "all bars together, what is the total?")),
+    Template("FQA", "bars_scaled", chart, ("(a + b) * n", "(a * n) + (b * n)"), dict(n=range(2, 6)),
+             ("each unit is {n} cars. how many cars are {a} and {b} together?", "how many cars are {a} and {b} with {n} cars for each unit?",
+              "a unit is {n} cars. add the cars of {a} and {b}.", "add {a} and {b}, {n} cars for each unit.")),
+    Template("FQA", "bars_extreme", partial(chart, extreme=True), ("e * n",), dict(n=DIGIT),
+             ("what is {n} times the {e} bar?", "multiply the {e} bar by {n}.", "how much is the {e} bar times {n}?",
+              "take the {e} bar {n} times.")),
+    Template("GPS", "area", rectangle, ("(a + b) * h", "(a * h) + (b * h)"), {},
+             ("what is the area of the whole rectangle?", "how many squares fill the whole rectangle?", "find the area of {a} and {b} together.",
+              "{a} and {b} together fill how many squares?")),
+    Template("GPS", "perimeter", rectangle, ("((a + b) + h) * 2", "((a + b) * 2) + (h * 2)"), {},
+             ("what is the perimeter of the whole rectangle?", "how long is the line around the rectangle?",
+              "find the perimeter of {a} and {b} together.", "how long is the line around {a} and {b} together?")),
+    Template("GPS", "area_difference", rectangle, ("(a - b) * h", "(a * h) - (b * h)"), {},
+             ("how much larger is the area of {a} than {b}?", "how many more squares fill {a} than {b}?",
+              "take the area of {b} away from the area of {a}.", "what is the area of {a} minus the area of {b}?")),
+    Template("MWP", "buy_two_kinds", shop, ("(a * n) + (b * m)", "(b * m) + (a * n)"), dict(n=SMALL, m=SMALL),
+             ("what do {n} {as} and {m} {bs} cost?", "you buy {n} {as} and {m} {bs}. how much do you pay?", "find the cost of {n} {as} and {m} {bs}.",
+              "how much do you pay for {n} {as} and {m} {bs} together?")),
+    Template("MWP", "change", shop, ("m - ((a * n) + b)", "(m - (a * n)) - b", "(m - b) - (a * n)"), dict(n=SMALL, m=PURSE),
+             ("you have {m} and buy {n} {as} and one {b}. how much is left?", "you pay {m} for {n} {as} and one {b}. what is the change?",
+              "from {m} you buy one {b} and {n} {as}. find the change.", "what is left from {m} for one {b} and {n} {as}?")),
+    Template("MWP", "buy_each", shop, ("(a + b) * n", "(a * n) + (b * n)"), dict(n=SMALL),
+             ("what do {n} of each {a} and {b} cost?", "you buy {n} of each {a} and {b}. how much do you pay?",
+              "find the cost of one {a} and one {b}, {n} times.", "how much do you pay for {n} of each {a} and {b}?")),
+    Template("MWP", "buy_difference", shop, ("(a - b) * n", "(a * n) - (b * n)"), dict(n=range(3, 10)),
+             ("how much more do {n} {as} cost than {n} {bs}?", "take the cost of {n} {bs} away from {n} {as}.",
+              "find how much more you pay for {n} {as} than for {n} {bs}.", "what is the cost of {n} {as} minus the cost of {n} {bs}?")),
+    Template("TQA", "row_total", partial(table, pick="row"), SUM_OF_THREE, {},
+             ("what is the total of the {r} row?", "add the numbers in the {r} row.", "how much is the {r} row together?",
+              "find the total of all numbers in the {r} row.")),
+    Template("TQA", "column_total", partial(table, pick="column"), SUM_OF_THREE, {},
+             ("what is the total of the {r} column?", "add the numbers in the {r} column.", "how much is the {r} column together?",
+              "find the total of all numbers in the {r} column.")),
+    Template("TQA", "multiply_add", partial(table, pick="cells"), ("(a * b) + c", "c + (a * b)"), {},
+             ("multiply {a} by {b}, then add {c}.", "what is {a} times {b} plus {c}?", "find {a} times {b}, then add {c}.",
+              "how much is {c} plus {a} times {b}?")),
+    Template("VQA", "colour_points", partial(groups, colours=(2, 1, 1), pick="in"), ("(a + b) * n", "(a * n) + (b * n)"), dict(n=DIGIT),
+             ("each {x} shape is {n} points. how many points are there?", "how many points are the {x} shapes, {n} for each?",
+              "find the points of the {x} shapes with {n} for each.", "how many points are {x} shapes with {n} points each?")),
+    Template("VQA", "shape_points", partial(groups, colours=(2, 1, 1), pick="shape"), ("(a * n) + (b * m)", "(b * m) + (a * n)"), dict(n=DIGIT, m=DIGIT),
+             ("a {a} is {n} points and a {b} is {m}. how many points are there?", "find the points with {n} for each {a} and {m} for each {b}.",
+              "each {a} is {n} and each {b} is {m}. what is the total?", "how many points are there with {n} for a {a} and {m} for a {b}?")),
+    Template("VQA", "not_colour", partial(groups, colours=(1, 1, 1, 1), pick="out"), SUM_OF_THREE, {},
+             ("how many shapes are not {x}?", "add all shapes that are not {x}.", "find the total of shapes that are not {x}.",
+              "what is the total of all shapes, not the {x}?")),
 )
-SIZE = (
-    ("FQA", bars_three_scaled, ("each unit is {n} cars. how many cars are {a} and {b} and {c} together?", "")),
-    ("GPS", tiled_area, ("what is {n} times the area of the whole rectangle?", "")),
-    ("MWP", buy_three_kinds, ("what do {n} {a} and {m} {b} and {k} {c} cost?", "")),
-    ("TQA", two_rows_total, ("what is the total of the {r} row and the {s} row?", "")),
-    ("VQA", three_points, ("a {a} is {n} points and a {b} is {m} and a {c} is {k}. how many points are there?", "")),
+SIZE = (                                                           # longer chains and larger numbers, one template a task
+    Template("FQA", "bars_three_scaled", chart, ("((a + b) + c) * n", "((a * n) + (b * n)) + (c * n)"), dict(n=range(2, 6)),
+             ("each unit is {n} cars. how many cars are {a} and {b} and {c} together?", "")),
+    Template("GPS", "scaled_area", rectangle, ("((a + b) * h) * n", "(a + b) * (h * n)"), dict(n=range(2, 6)),
+             ("what is {n} times the area of the whole rectangle?", "")),
+    Template("MWP", "buy_three_kinds", partial(shop, items=6), ("((a * n) + (b * m)) + (c * k)", "(a * n) + ((b * m) + (c * k))"), dict(n=SMALL, m=SMALL, k=SMALL),
+             ("what do {n} {as} and {m} {bs} and {k} {cs} cost?", "")),
+    Template("TQA", "two_rows_total", partial(table, pick="rows"), ("((a + b) + c) + ((d + e) + f)", "(a + (b + c)) + (d + (e + f))"), {},
+             ("what is the total of the {r} row and the {s} row?", "")),
+    Template("VQA", "three_points", partial(groups, colours=(2, 1, 1), pick="shape"), ("((a * n) + (b * m)) + (c * k)", "(a * n) + ((b * m) + (c * k))"),
+             dict(n=DIGIT, m=DIGIT, k=DIGIT), ("a {a} is {n} points and a {b} is {m} and a {c} is {k}. how many points are there?", "")),
 )
-COMPOSE = (                                                        # two hops, each in another task type; filed under the first
-    ("FQA", bars_priced, ("for each unit of {a} and {b} you pay one {p}. how much do you pay?", "")),
-    ("GPS", area_and_price, ("what is the area of {a} plus the cost of one {p}?", "")),
-    ("VQA", groups_priced, ("you pay one {p} for each {a} and {b} shape. how much do you pay?", "")),
+COMPOSE = (                                                        # two hops, each of another task type; filed under the first
+    Template("FQA", "bars_priced", partial(with_shop, scene=partial(chart, columns=2), columns=(2, 3)), ("(a + b) * p", "(a * p) + (b * p)"), {},
+             ("for each unit of {a} and {b} you pay one {p}. how much do you pay?", "")),
+    Template("GPS", "area_and_price", partial(with_shop, scene=partial(rectangle, longest=2, columns=4), columns=(2, 3)), ("(a * h) + p", "p + (a * h)"), {},
+             ("what is the area of {a} plus the cost of one {p}?", "")),
+    Template("VQA", "groups_priced", partial(with_shop, scene=partial(groups, colours=(2,), pick="in", rows=range(2)), rows=(2, 3)),
+             ("(a + b) * p", "(a * p) + (b * p)"), {}, ("you pay one {p} for each {x} shape. how much do you pay?", "")),
 )
 
 
 # ---------------------------------------------------------------- reasoning and oracle
 
-def _value(tree, facts):
-    """The tree's value, or None when a partial result leaves 1 .. LARGEST."""
-    if not isinstance(tree, tuple):
-        return facts.get(tree, tree)
-    left, right = (_value(branch, facts) for branch in tree[1:])
-    result = None if left is None or right is None else OPERATIONS[tree[0]](left, right)
-    return result if result is not None and 1 <= result <= LARGEST else None
+@lru_cache(maxsize=None)
+def _tree(route):
+    return ast.parse(route, mode="eval").body                      # a tree of BinOp, Name (a slot) and Constant
 
 
-def _leaves(tree):
-    return [tree] if not isinstance(tree, tuple) else _leaves(tree[1]) + _leaves(tree[2])
+def work_out(node, value_of, write=lambda left, sign, right, result: None):
+    """The value of a route's tree, or None when a result leaves 1 .. LARGEST. `value_of(letter)` gives the slots' values;
+    `write` is called for every operation, operands first."""
+    if isinstance(node, ast.Constant):
+        return node.value
+    if isinstance(node, ast.Name):
+        return value_of(node.id)
+    left, right, sign = work_out(node.left, value_of, write), work_out(node.right, value_of, write), SIGNS[type(node.op)]
+    result = OPERATIONS[sign](left, right) if left and right else 0
+    if not 1 <= result <= LARGEST:
+        return None
+    write(left, sign, right, result)
+    return result
 
 
 def write_reasoning(question, rng):
-    """One true reasoning text, by a route drawn with `rng` (random.Random): any of the question's trees, with all readings
+    """One true reasoning text, by a route drawn with `rng` (random.Random): any of the question's routes, with all readings
     first or each when it is needed. One reading or one operation per line; the last line is "answer: N"."""
     lines = []
 
-    def read(subject):
-        if subject in ("highest", "lowest"):                       # needs every bar, in any order
-            for bar in rng.sample(sorted(question.facts.keys() - {"highest", "lowest"}), len(question.facts) - 2):
-                read(bar)
-        line = f"{subject} is {question.facts[subject]}"
-        if line not in lines:
-            lines.append(line)
+    def read(letter):
+        subject = question.slots[letter]
+        if isinstance(subject, int):
+            return subject
+        needed = sorted(question.facts.keys() - {"highest", "lowest"}) if subject in ("highest", "lowest") else []
+        for line in [f"{name} is {question.facts[name]}" for name in [*rng.sample(needed, len(needed)), subject]]:
+            if line not in lines:
+                lines.append(line)
+        return question.facts[subject]
 
-    def work_out(tree):
-        if isinstance(tree, int):
-            return tree
-        if isinstance(tree, str):
-            read(tree)
-            return question.facts[tree]
-        left, right = work_out(tree[1]), work_out(tree[2])
-        result = OPERATIONS[tree[0]](left, right)
-        lines.append(f"{left} {tree[0]} {right} = {result}")
-        return result
-
-    tree = rng.choice(question.trees)
+    tree = _tree(rng.choice(question.routes))
     if rng.random() < 0.5:
-        subjects = [leaf for leaf in _leaves(tree) if isinstance(leaf, str)]
-        for subject in rng.sample(subjects, len(subjects)):
-            read(subject)
-    answer = work_out(tree)
+        letters = [node.id for node in ast.walk(tree) if isinstance(node, ast.Name)]
+        for letter in rng.sample(letters, len(letters)):
+            read(letter)
+    answer = work_out(tree, read, lambda left, sign, right, result: lines.append(f"{left} {sign} {right} = {result}"))
     return "\n".join([*lines, f"answer: {answer}"])
 
 
@@ -485,7 +377,8 @@ def oracle(question, text):
     A reading is true if the picture shows it. An operation is true if it is right and both its numbers come from somewhere:
     from the question or an earlier line (be that line true or false: an error is charged to the line that makes it).
     The answer line is true if it names the gold answer and an earlier line has worked it out. Anything else is false."""
-    known = {leaf for tree in question.trees for leaf in _leaves(tree) if isinstance(leaf, int)}
+    known = {value for value in question.slots.values() if isinstance(value, int)}
+    known |= {node.value for route in question.routes for node in ast.walk(_tree(route)) if isinstance(node, ast.Constant)}
     written, verdicts = set(), []
     for line in text.split("\n"):
         true, number = False, None
@@ -504,15 +397,18 @@ def oracle(question, text):
 
 # ---------------------------------------------------------------- splits
 
-def _make(rng, kind, id, look="plain", unseen_wording=False):
-    """One question of `kind` = (task, template, wordings); scenes without a route inside 1 .. LARGEST are drawn again."""
-    task, template, wordings = kind
+def _make(rng, template, id, look="plain", unseen_wording=False):
+    """One question of a template; scenes without a route inside 1 .. LARGEST are drawn again."""
     while True:
-        drawing, facts, words, trees = template(rng)
-        trees = tuple(tree for tree in trees if _value(tree, facts) is not None)
-        if trees:
-            wording = wordings[-1] if unseen_wording else rng.choice(wordings[:-1])
-            return Question(id, task, template.__name__, wording.format(**words), _value(trees[0], facts), tuple(drawing), facts, trees, look)
+        drawing, facts, slots, words = template.scene(rng)
+        numbers = {letter: rng.choice(values) for letter, values in template.numbers.items()}
+        slots = slots | numbers
+        answers = {route: work_out(_tree(route), lambda letter: facts.get(slots[letter], slots[letter])) for route in template.routes}
+        routes = tuple(route for route in template.routes if answers[route])
+        if routes:
+            wording = template.wordings[-1] if unseen_wording else rng.choice(template.wordings[:-1])
+            return Question(id, template.task, template.name, wording.format(**words, **numbers), answers[routes[0]], tuple(drawing), facts,
+                            slots, routes, look)
 
 
 def build_world(sizes, seed=0):
@@ -527,14 +423,13 @@ def build_world(sizes, seed=0):
         raise ValueError(f"unknown split {sorted(unknown)[0]!r}; known: {', '.join(order)}")
     for split in order:
         rng = random.Random(f"{seed}/{split}")
-        kinds = {"size": SIZE, "compose": COMPOSE}.get(split, IN_DOMAIN)
-        by_task = [[kind for kind in kinds if kind[0] == task] for task in TASKS]
-        by_task = [group for group in by_task if group]
+        templates = {"size": SIZE, "compose": COMPOSE}.get(split, IN_DOMAIN)
+        by_task = [group for task in TASKS if (group := [template for template in templates if template.task == task])]
         questions = world[split] = []
         while len(questions) < sizes.get(split, 0):
             number = len(questions)
-            kind = rng.choice(by_task[number % len(by_task)])
-            question = _make(rng, kind, f"{split}/{number}", split if split in ("style", "layout") else "plain", split == "wording")
+            template = rng.choice(by_task[number % len(by_task)])
+            question = _make(rng, template, f"{split}/{number}", split if split in ("style", "layout") else "plain", split == "wording")
             if question.drawing not in seen:
                 seen.add(question.drawing)
                 questions.append(question)
@@ -549,7 +444,7 @@ class Tokenizer:
     PAD, BOS, SEP, EOS = range(4)                                  # padding, begin, end of prompt, end of response
 
     def __init__(self):
-        wordings = " ".join(w for group in (IN_DOMAIN, SIZE, COMPOSE) for _, _, ws in group for w in ws)
+        wordings = " ".join(wording for template in (*IN_DOMAIN, *SIZE, *COMPOSE) for wording in template.wordings)
         words = set(re.findall(r"[a-z]+", re.sub(r"\{\w+\}", "", wordings)))
         words |= {*COLOURS, *SHAPES, *map(_plural, SHAPES), *"highest lowest left middle right width height is answer describe calculate".split()}
         self.symbols = ["<pad>", "<bos>", "<sep>", "<eos>", "\n", *".,:?+-*=", *map(str, range(LARGEST + 1)), *sorted(words)]
