@@ -71,7 +71,7 @@ class Config:
     base_worked: int = 200               # worked examples that are asked like a test question
     base_worked_with_answer: int = 6000  # worked examples with the answer in the prompt
     base_caption_updates: int = 800      # first captions and arithmetic alone, then
-    base_updates: int = 1800             # all of it
+    base_updates: int = 1700             # all of it
     base_lr: float = 2e-3                # of AdamW (embeddings, norms, biases)
     base_muon_lr: float = 3e-3           # of Muon (the matrices)
     # warm-up
@@ -84,10 +84,10 @@ class Config:
     optimizer: str = "inherit"           # inherit or reset optimizer state and schedule at each iteration
     interval: float = 0.25               # share of the labeled questions per iteration
     temperature: float = 1.0             # of the sampled responses
-    passes: float = 2.0                  # how often each labeled question is asked in all
+    passes: float = 2.5                  # how often each labeled question is asked in all
     rollouts_per_question: int = 8       # L; the paper: 16
-    evolve_updates: int = 1600           # updates of all iterations together, equal for every method
-    evolve_lr: float = 3e-4              # constant, as in the paper
+    evolve_updates: int = 3200           # updates of all iterations together, equal for every method
+    evolve_lr: float = 1.2e-4            # constant, as in the paper
     # everywhere
     batch_size: int = 32
     lr_warmup_updates: int = 20          # linear start of every learning-rate schedule
@@ -156,7 +156,7 @@ def main(argv=None):
 def stage_base(cfg, policy, world, tokenizer):
     """Train the stand-in for a pretrained LMM, in place: it sees and speaks, but reasons badly when asked alone.
 
-    Diet, all from the base split's pictures: captions (everything the picture shows, in random order), arithmetic facts,
+    Diet, all from the base split's pictures: captions (up to four things that can be read off), arithmetic facts,
     `base_worked_with_answer` worked examples with the answer in the prompt (that is how it can explain answers at warm-up)
     and `base_worked` asked like a test question. Captions first: on worked examples alone, perception does not get learned."""
     rng = random.Random(seed_of(cfg, "base"))
@@ -175,7 +175,8 @@ def stage_base(cfg, policy, world, tokenizer):
     train(policy, optimizers, schedules, captions + facts, cfg.base_caption_updates, cfg, "base: captions, arithmetic")
     # worked examples are few: repeat them until they are more than half of the second part's diet
     repeats = math.ceil(1.3 * (len(captions) + len(facts)) / max(1, len(examples)))
-    train(policy, optimizers, schedules, captions + facts + repeats * examples, cfg.base_updates, cfg, "base: + worked examples")
+    loss = train(policy, optimizers, schedules, captions + facts + repeats * examples, cfg.base_updates, cfg, "base: + worked examples")
+    print(f"base      {len(captions):,} captions, {len(facts):,} arithmetic texts, {len(examples):,} worked examples; loss {loss:.3f}")
     return policy
 
 
@@ -207,7 +208,8 @@ def stage_warmup(cfg, base, world, tokenizer):
     print(f"warm-up   {counts['responses']:,} responses with the answer in the prompt, {share(counts['right'], counts['responses'])} right, "
           f"{len(kept):,} different ones kept, of them {share(false_steps(questions, kept), len(kept))} with a false step (oracle)")
     policy = copy.deepcopy(base)
-    optimizers, schedules = new_optimizers(policy, cfg.warmup_lr, cfg)
+    # decayed, so that pi_0 is a settled policy: what self-evolving gains on it is not just a smaller learning rate
+    optimizers, schedules = new_optimizers(policy, cfg.warmup_lr, cfg, decay_over=cfg.warmup_updates)
     train(policy, optimizers, schedules, as_examples(questions, kept, tokenizer, cfg), cfg.warmup_updates, cfg, "warm-up: SFT")
     return policy
 
@@ -217,9 +219,10 @@ def stage_direct_sft(cfg, base, world, tokenizer):
     updates as warm-up and self-evolving make together. Returns a new policy."""
     examples = [Example(prompt.image, prompt.ids, tokenizer.response(f"answer: {question.answer}"))
                 for prompt, question in zip(make_prompts(world["labeled"], tokenizer, cfg.image_size), world["labeled"])]
-    policy = copy.deepcopy(base)
-    optimizers, schedules = new_optimizers(policy, cfg.warmup_lr, cfg)
-    train(policy, optimizers, schedules, examples, cfg.warmup_updates + cfg.evolve_updates, cfg, "SFT on direct answers")
+    policy, updates = copy.deepcopy(base), cfg.warmup_updates + cfg.evolve_updates
+    optimizers, schedules = new_optimizers(policy, cfg.warmup_lr, cfg, decay_over=updates)
+    loss = train(policy, optimizers, schedules, examples, updates, cfg, "SFT on direct answers")
+    print(f"SFT       {len(examples):,} direct answers; loss {loss:.3f}")
     return policy
 
 
