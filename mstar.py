@@ -118,9 +118,10 @@ PRESETS = {
                  base_images=60, base_arithmetic=20, base_worked=20, base_worked_with_answer=20, base_caption_updates=4, base_updates=4,
                  warmup_questions=10, warmup_rollouts=2, warmup_updates=3, passes=0.5, rollouts_per_question=2, evolve_updates=4,
                  batch_size=8, lr_warmup_updates=2, monitor_rollouts=4),
-    "gpu": dict(labeled=20000, patch_size=8, vision_width=256, vision_layers=4, vision_heads=4, width=384, layers=6, heads=6, kv_heads=2,
-                base_images=60000, base_arithmetic=30000, base_caption_updates=5000, base_updates=1500, base_lr=1e-3, base_muon_lr=2e-3,
-                warmup_questions=5000, warmup_updates=600, warmup_lr=3e-4, rollouts_per_question=16, evolve_updates=4000, evolve_lr=1e-4, batch_size=128),
+    # sized on paper for one GPU of 16-24 GB and an hour; not measured yet
+    "gpu": dict(labeled=20000, patch_size=8, vision_width=256, vision_layers=4, vision_heads=4, width=384, layers=6, heads=6,
+                base_images=40000, base_arithmetic=20000, base_caption_updates=2000, base_updates=1500, base_lr=1e-3, base_muon_lr=2e-3,
+                warmup_questions=5000, warmup_lr=3e-4, rollouts_per_question=16, evolve_updates=6000, evolve_lr=5e-5, batch_size=128),
 }
 
 
@@ -129,7 +130,8 @@ PRESETS = {
 def main(argv=None):
     """The main job: all stages in order, then the table. Returns the report."""
     began = time.time()
-    cfg, preset = parse(sys.argv[1:] if argv is None else argv)
+    argv = sys.argv[1:] if argv is None else argv
+    cfg, preset = parse(argv)
     out = new_folder(cfg, preset)
     device = cfg.device or available()[0]
     torch.manual_seed(cfg.seed)
@@ -146,7 +148,8 @@ def main(argv=None):
 
     named = {"base": base, "+ warm-up": warm, "SFT (direct answers)": sft, cfg.method: policy}
     rows = [evaluate_policy(name, p, world, tokenizer, cfg.max_new_tokens) for name, p in named.items()]
-    report = write_report(out, cfg, preset, device, rows, iterations, most_frequent_answer(world["labeled"], world["test"]), began)
+    most_frequent = most_frequent_answer(world["labeled"], world["test"])
+    report = write_report(out, " ".join(["python mstar.py", *argv]), cfg, preset, device, rows, iterations, most_frequent, began)
     print_result(report)
     return report
 
@@ -176,7 +179,7 @@ def stage_base(cfg, policy, world, tokenizer):
     # worked examples are few: repeat them until they are more than half of the second part's diet
     repeats = math.ceil(1.3 * (len(captions) + len(facts)) / max(1, len(examples)))
     loss = train(policy, optimizers, schedules, captions + facts + repeats * examples, cfg.base_updates, cfg, "base: + worked examples")
-    print(f"base      {len(captions):,} captions, {len(facts):,} arithmetic texts, {len(examples):,} worked examples; loss {loss:.3f}")
+    print(f"base      {len(captions):,} captions, {len(facts):,} arithmetic texts, {len(examples):,} worked examples; loss {loss:.3f}", flush=True)
     return policy
 
 
@@ -206,7 +209,7 @@ def stage_warmup(cfg, base, world, tokenizer):
                                     cfg.max_new_tokens, seed_of(cfg, "warmup"), "warm-up: base explains answers")
     kept, counts = keep_right(questions, texts)
     print(f"warm-up   {counts['responses']:,} responses with the answer in the prompt, {share(counts['right'], counts['responses'])} right, "
-          f"{len(kept):,} different ones kept, of them {share(false_steps(questions, kept), len(kept))} with a false step (oracle)")
+          f"{len(kept):,} different ones kept, of them {share(false_steps(questions, kept), len(kept))} with a false step (oracle)", flush=True)
     policy = copy.deepcopy(base)
     # decayed, so that pi_0 is a settled policy: what self-evolving gains on it is not just a smaller learning rate
     optimizers, schedules = new_optimizers(policy, cfg.warmup_lr, cfg, decay_over=cfg.warmup_updates)
@@ -222,7 +225,7 @@ def stage_direct_sft(cfg, base, world, tokenizer):
     policy, updates = copy.deepcopy(base), cfg.warmup_updates + cfg.evolve_updates
     optimizers, schedules = new_optimizers(policy, cfg.warmup_lr, cfg, decay_over=updates)
     loss = train(policy, optimizers, schedules, examples, updates, cfg, "SFT on direct answers")
-    print(f"SFT       {len(examples):,} direct answers; loss {loss:.3f}")
+    print(f"SFT       {len(examples):,} direct answers; loss {loss:.3f}", flush=True)
     return policy
 
 
@@ -346,7 +349,8 @@ def new_optimizers(policy, lr, cfg, muon_lr=0.0, decay_over=0):
 
 
 def train(policy, optimizers, schedules, examples, updates, cfg, title):
-    """SFT: `updates` optimizer updates on batches of examples. Returns the mean loss, or None if there is nothing to train on."""
+    """SFT: `updates` optimizer updates on batches of examples. Returns the mean loss of the last 100, or None if there is
+    nothing to train on. FloatingPointError names the update at which the loss stopped being a finite number."""
     if not examples:
         print(f"{title}: nothing to train on, going on without an update")
         return None
@@ -364,12 +368,12 @@ def train(policy, optimizers, schedules, examples, updates, cfg, title):
                 schedule.step()
                 optimizer.zero_grad()
             losses.append(loss.item())
+            if not math.isfinite(losses[-1]):
+                raise FloatingPointError(f"{title}: the loss of update {len(losses)} is not a finite number")
             read += ids.numel()
             bar.set_postfix_str(f"loss {losses[-1]:.3f}, {read / (time.time() - began):,.0f} tokens/s", refresh=False)
             bar.update()
-    if not math.isfinite(sum(losses)):
-        raise FloatingPointError(f"{title}: the loss is not a finite number any more")
-    return float(np.mean(losses[-100:]))
+    return float(np.mean(losses[-100:])) if losses else None
 
 
 def batches(examples, batch_size, rng):
@@ -417,16 +421,17 @@ def parse(argv):
     given = vars(parser.parse_args(argv))
     preset = given.pop("preset")
     cfg = Config(**{**PRESETS[preset], **METHODS[given.get("method", Config.method)], **given})
-    at_least = dict.fromkeys(("labeled", "validation", "test", "testbed", "width", "layers", "batch_size", "iterations", "lr_warmup_updates",
-                              "rollouts_per_question", "monitor_rollouts", "max_new_tokens", "warmup_rollouts", "warmup_questions", "base_images"), 1)
+    at_least = dict.fromkeys(("labeled", "validation", "test", "testbed", "width", "layers", "heads", "kv_heads", "vision_width", "vision_heads", "patch_size",
+                              "image_size", "batch_size", "lr_warmup_updates", "base_updates", "warmup_updates", "evolve_updates", "rollouts_per_question",
+                              "monitor_rollouts", "max_new_tokens", "warmup_rollouts", "warmup_questions", "base_images"), 1)
     for f in fields(Config):
         value = getattr(cfg, f.name)
         if not isinstance(value, str) and (not math.isfinite(value) or value < at_least.get(f.name, 0)):
             parser.error(f"--{f.name} {value}: must be at least {at_least.get(f.name, 0)}")
     if not 0 < cfg.interval <= 1:
         parser.error(f"--interval {cfg.interval}: must be above 0 and at most 1, the share of the questions per iteration")
-    if cfg.image_size % 64 or cfg.image_size % cfg.patch_size or cfg.width % (2 * cfg.heads) or cfg.heads % max(1, cfg.kv_heads):
-        parser.error("--image_size must be a multiple of 64 and of --patch_size, --width of twice --heads, --heads of --kv_heads")
+    if cfg.image_size % 64 or cfg.image_size % (2 * cfg.patch_size) or cfg.vision_width % (4 * cfg.vision_heads) or cfg.width % (2 * cfg.heads) or cfg.heads % cfg.kv_heads:
+        parser.error("--image_size must be a multiple of 64 and of twice --patch_size, --width of twice --heads, --heads of --kv_heads, --vision_width of 4 x --vision_heads")
     return cfg, preset
 
 
@@ -490,10 +495,10 @@ def write_json(path, content):
     part.replace(path)
 
 
-def write_report(out, cfg, preset, device, rows, iterations, most_frequent, began):
+def write_report(out, command, cfg, preset, device, rows, iterations, most_frequent, began):
     """report.json: everything a table or figure is made from."""
     name = {row["name"]: row for row in rows}
-    report = {"command": "python " + " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]), "preset": preset, "method": cfg.method, "seed": cfg.seed,
+    report = {"command": command, "preset": preset, "method": cfg.method, "seed": cfg.seed,
               "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
               "device": torch.cuda.get_device_name() if device == "cuda" else f"{device}, {platform.machine()}, {torch.get_num_threads()} threads",
               "seconds": round(time.time() - began, 1), "config": asdict(cfg), "rows": rows, "iterations": iterations,

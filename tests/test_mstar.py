@@ -163,7 +163,7 @@ def test_a_finished_run_can_be_scored_again(two_runs, capsys):
     (["--interval", "0"], "--interval"), (["--interval", "1.5"], "--interval"), (["--temperature", "-1"], "--temperature"), (["--temperature", "nan"], "--temperature"),
     (["--preset", "huge"], "huge"), (["--method", "magic"], "magic"), (["--nonsense", "1"], "--nonsense"), (["--batch_size", "0"], "--batch_size"),
     (["--evolve_lr", "-0.1"], "--evolve_lr"), (["--seed", "x"], "--seed"), (["--image_size", "100"], "--image_size"), (["--device", "abacus"], "--device"),
-    (["--temp", "1"], "--temp")])
+    (["--temp", "1"], "--temp"), (["--vision_width", "20"], "--vision_width"), (["--kv_heads", "0"], "--kv_heads")])
 def test_wrong_use_exits_2_with_one_line_and_writes_nothing(flags, named, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as stop:
@@ -193,3 +193,10 @@ def test_default_folder_gets_a_number_instead_of_overwriting(tmp_path, monkeypat
         (folder / "something").touch()
         names.append(folder.name)
     assert names == ["test-continuous-seed0", "test-continuous-seed0-2", "test-continuous-seed0-3"]
+
+
+def test_a_loss_that_is_not_finite_stops_the_training(policy):
+    policy.embed.weight.data[60] = float("nan")
+    cfg, image = Config(batch_size=2), torch.zeros(64, 64, 3, dtype=torch.uint8)
+    with pytest.raises(FloatingPointError, match="bad: the loss of update 1 "):
+        mstar.train(policy, *mstar.new_optimizers(policy, 1e-3, cfg), [Example(image, [1, 50, 2], [60, 3])], 3, cfg, "bad")
