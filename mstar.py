@@ -71,7 +71,7 @@ class Config:
     base_worked: int = 200               # worked examples that are asked like a test question
     base_worked_with_answer: int = 6000  # worked examples with the answer in the prompt
     base_caption_updates: int = 800      # first captions and arithmetic alone, then
-    base_updates: int = 1700             # all of it
+    base_updates: int = 1500             # all of it
     base_lr: float = 2e-3                # of AdamW (embeddings, norms, biases)
     base_muon_lr: float = 3e-3           # of Muon (the matrices)
     # warm-up
