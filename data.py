@@ -508,6 +508,7 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description="The world of visual math: look at it.")
     parser.add_argument("--preview", metavar="FILE.png", required=True, help="write a contact sheet of all task types and testbeds")
     parser.add_argument("--seed", type=int, default=0)
+    parser.error = lambda message: parser.exit(2, f"data.py: {message}; see python data.py --help\n")
     args = parser.parse_args(argv)
     path = Path(args.preview)
     if path.suffix.lower() != ".png" or not path.parent.is_dir():

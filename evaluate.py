@@ -149,6 +149,7 @@ def main(argv=None):
     """Command line of this file: score the policy of a finished run again."""
     parser = argparse.ArgumentParser(description="Score a saved policy on the test and the testbeds.")
     parser.add_argument("run", metavar="runs/NAME", help="the folder of a run")
+    parser.error = lambda message: parser.exit(2, f"evaluate.py: {message}; see python evaluate.py --help\n")
     args = parser.parse_args(argv)
     folder = Path(args.run)
     try:
