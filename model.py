@@ -63,8 +63,8 @@ class VisionBlock(nn.Module):
 
 
 def sine_positions(side, width):
-    """(side^2, width) start values of the learned positions: sines and cosines of x and of y. From there "the patch to the
-    left" is one linear map for all patches; from random values every pair of neighbours has to be learned on its own."""
+    """(side^2, width) start values of the learned positions: sines and cosines of x and of y, so that "the patch to the
+    left" is one linear map for all patches. Our choice; in one trial of 400 updates random values did about as well."""
     frequency = 100.0 ** (-torch.arange(width // 4) / (width // 4))
     y, x = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
     return 0.7 * torch.cat([wave(place.flatten()[:, None] * frequency) for place in (x, y) for wave in (torch.sin, torch.cos)], dim=1)

@@ -161,7 +161,8 @@ def stage_base(cfg, policy, world, tokenizer):
 
     Diet, all from the base split's pictures: captions (up to four things that can be read off), arithmetic facts,
     `base_worked_with_answer` worked examples with the answer in the prompt (that is how it can explain answers at warm-up)
-    and `base_worked` asked like a test question. Captions first: on worked examples alone, perception does not get learned."""
+    and `base_worked` asked like a test question. Captions first: in one trial of 1,200 updates,
+    a diet mixed from the start read prices at 55 % where captions first read them at 100 %."""
     rng = random.Random(seed_of(cfg, "base"))
     questions, worked = world["base"], cfg.base_worked + cfg.base_worked_with_answer
     prompts = make_prompts(questions, tokenizer, cfg.image_size)
@@ -331,8 +332,8 @@ def new_policy(cfg, tokenizer):
 def new_optimizers(policy, lr, cfg, muon_lr=0.0, decay_over=0):
     """Optimizers and their schedules (two lists of equal length): AdamW on everything, or, with `muon_lr`, Muon on the
     matrices of the blocks and AdamW on the rest. The schedule: linear start, then constant, or a cosine to a tenth over
-    `decay_over` updates. Muon (torch.optim.Muon) learns to see several times faster from nothing, so the base stage uses it;
-    the stages of the paper use AdamW."""
+    `decay_over` updates. Muon (torch.optim.Muon) needed about half of AdamW's updates to read bars and to add, in one trial
+    from nothing, so the base stage uses it; the stages of the paper use AdamW."""
     inner = [p for name, p in policy.named_parameters() if p.dim() == 2 and name.split(".")[-2] not in ("embed", "vision")] if muon_lr else []
     rest = [p for p in policy.parameters() if all(p is not q for q in inner)]
     groups = [{"params": [p for p in rest if p.dim() > 1], "weight_decay": 0.05},       # no decay for norms and biases
@@ -378,7 +379,8 @@ def train(policy, optimizers, schedules, examples, updates, cfg, title):
 
 def batches(examples, batch_size, rng):
     """Endless batches (images, ids, targets), every example once per pass. Examples are sorted by length within windows of
-    two batches: less padding, and a batch still mixes task types (batches of one task type each learn much slower)."""
+    two batches: less padding, and a batch still mixes task types. (Sorting longer windows would pad less, but fills a
+    batch with one task type; we did not measure what that costs by itself.)"""
     while True:
         order = rng.sample(range(len(examples)), len(examples))
         groups = []
