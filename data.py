@@ -141,9 +141,9 @@ def render(question, size=128):
     if styled:
         canvas = np.clip(canvas + chance.normal(0, 9, canvas.shape), 0, 255).astype(np.uint8)
     if question.look == "layout":
-        zoom, angle = chance.uniform(0.86, 1.0), np.deg2rad(chance.uniform(-5, 5))
+        zoom, angle = chance.uniform(0.95, 1.0), np.deg2rad(chance.uniform(-3, 3))
         cos, sin, middle = np.cos(angle) / zoom, np.sin(angle) / zoom, size / 2
-        x, y = middle + chance.uniform(-3, 3, 2) * u               # where the middle of the drawing goes
+        x, y = middle + chance.uniform(-0.5, 0.5, 2) * u           # where the middle of the drawing goes
         move = (cos, sin, middle - cos * x - sin * y, -sin, cos, middle + sin * x - cos * y)
         canvas = np.array(Image.fromarray(canvas).transform((size, size), Image.AFFINE, move, Image.BILINEAR, fillcolor=(255,) * 3))
     return canvas
@@ -363,9 +363,12 @@ def write_reasoning(question, rng):
     return "\n".join([*lines, f"answer: {answer}"])
 
 
-def write_caption(question, rng):
-    """Up to four things that can be read off the picture, in random order, worded like the readings of a reasoning text."""
-    return "\n".join(f"{subject} is {question.facts[subject]}" for subject in rng.sample(sorted(question.facts), min(4, len(question.facts))))
+def write_caption(question, rng, asked):
+    """(prompt text, response text) about what can be read off the picture, worded like the readings of a reasoning text, in
+    random order: up to four facts of the writer's choice, or, if `asked`, up to three that the prompt names."""
+    subjects = rng.sample(sorted(question.facts), min(rng.randint(1, 3) if asked else 4, len(question.facts)))
+    prompt = "describe " + " and ".join(subjects) if asked else "describe"
+    return prompt, "\n".join(f"{subject} is {question.facts[subject]}" for subject in rng.sample(subjects, len(subjects)))
 
 
 READING, OPERATION, ANSWER = (re.compile(p) for p in (r"(.+) is (\d+)", r"(\d+) ([+*-]) (\d+) = (\d+)", r"answer: (\d+)"))

@@ -14,8 +14,10 @@ G key/value heads, D = C / H, V vocabulary, Q questions, L rollouts per question
 """
 import json
 import math
+import time
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,6 +26,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
+from tqdm import tqdm
 
 
 @dataclass(frozen=True)
@@ -134,14 +137,15 @@ class DecoderBlock(nn.Module):
         attended = F.scaled_dot_product_attention(q, k.repeat_interleave(share, 1), v.repeat_interleave(share, 1), is_causal=True)
         return self.finish(x, attended), k, v
 
-    def decode(self, x, cos, sin, keys, values, column, mask):
-        """One new token per row: x (B, 1, C). Writes its key and value into cache column `column`, attends where `mask`
-        (B, 1, 1, S) is True. keys, values (B, G, S_max, D) are changed in place: they are the cache."""
+    def decode(self, x, cos, sin, keys, values, column, bias):
+        """One new token per row: x (B, 1, C). Writes its key and value into each row's own cache column, column (B,), and
+        adds `bias` (B, 1, 1, S), 0 or -inf, to the attention scores. keys, values (B, G, S, D) are changed in place: they are the cache."""
         q, k, v = self.project(x, cos, sin)
-        keys[:, :, column:column + 1], values[:, :, column:column + 1] = k, v
+        every = torch.arange(len(x), device=x.device)
+        keys[every, :, column], values[every, :, column] = k[:, :, 0], v[:, :, 0]
         # query heads that share a key/value head stand as H/G "positions" of it, so nothing is copied per query head
         q = q.view(q.shape[0], self.kv_heads, -1, self.head_dim)   # (B, G, H/G, D)
-        attended = F.scaled_dot_product_attention(q, keys[:, :, :column + 1], values[:, :, :column + 1], attn_mask=mask)
+        attended = F.scaled_dot_product_attention(q, keys, values, attn_mask=bias.type_as(q))
         return self.finish(x, attended.reshape(x.shape[0], self.heads, 1, self.head_dim))
 
 
@@ -235,6 +239,113 @@ def load_policy(path, device="cpu"):
     return policy.to(device), description["vocabulary"]
 
 
+# ---------------------------------------------------------------- training, used by every stage
+
+class Example(NamedTuple):
+    """One training example: picture, prompt ids, response ids."""
+    image: torch.Tensor
+    prompt: list
+    response: list
+
+
+def fit(model, optimizers, schedules, stream, updates, title):
+    """The training loop of every stage: `updates` optimizer updates on `model.loss(*batch)` of the next batches of `stream`.
+    Returns the mean loss of the last 100. FloatingPointError names the update whose loss is not a finite number."""
+    losses, began, read = [], time.time(), 0
+    with tqdm(total=updates, desc=title, unit=" updates", leave=False, mininterval=1) as bar:
+        for _ in range(updates):
+            images, ids, targets = (part.to(model.device) for part in next(stream))
+            with model.precision():
+                loss = model.loss(images, ids, targets)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            for optimizer, schedule in zip(optimizers, schedules):
+                optimizer.step()
+                schedule.step()
+                optimizer.zero_grad()
+            losses.append(loss.item())
+            if not math.isfinite(losses[-1]):
+                raise FloatingPointError(f"{title}: the loss of update {len(losses)} is not a finite number")
+            read += ids.numel()
+            bar.set_postfix_str(f"loss {losses[-1]:.3f}, {read / (time.time() - began):,.0f} tokens/s", refresh=False)
+            bar.update()
+    return sum(losses[-100:]) / len(losses[-100:]) if losses else None
+
+
+def batches(examples, batch_size, rng):
+    """Endless batches (images, ids, targets), every example once per pass. Examples are sorted by length within windows of
+    two batches: less padding, and a batch still mixes task types. (Sorting longer windows would pad less, but fills a
+    batch with one task type; we did not measure what that costs by itself.)"""
+    while True:
+        order = rng.sample(range(len(examples)), len(examples))
+        groups = []
+        for start in range(0, len(order), 2 * batch_size):
+            window = sorted(order[start:start + 2 * batch_size], key=lambda i: len(examples[i].prompt) + len(examples[i].response))
+            groups += [window[i:i + batch_size] for i in range(0, len(window), batch_size)]
+        for group in rng.sample(groups, len(groups)):
+            yield collate([examples[i] for i in group])
+
+
+def collate(examples):
+    """Tensors of a batch: images (B, size, size, 3), ids (B, T) padded on the right, targets (B, T): the token after each
+    position where that is a response token, else -1, so that neither prompt nor padding is learned."""
+    sequences = [torch.tensor(example.prompt + example.response) for example in examples]
+    ids = torch.nn.utils.rnn.pad_sequence(sequences, batch_first=True, padding_value=0)
+    targets = torch.full_like(ids, -1)
+    for row, example in enumerate(examples):
+        first, last = len(example.prompt), len(example.prompt) + len(example.response)
+        targets[row, first - 1:last - 1] = ids[row, first:last]
+    return torch.stack([example.image for example in examples]), ids[:, :-1], targets[:, :-1]
+
+
+def new_optimizers(policy, lr, lr_warmup_updates, muon_lr=0.0, decay_over=0):
+    """Optimizers of a Policy and their schedules (two lists of equal length): AdamW on everything, or, with `muon_lr`, Muon on the
+    matrices of the blocks and AdamW on the rest. The schedule: linear start, then constant, or a cosine to a tenth over
+    `decay_over` updates. Muon needed about half of AdamW's updates to read bars and to add, in one trial from nothing, so the base
+    stage uses it; the stages of the paper use AdamW."""
+    inner = [p for name, p in policy.named_parameters() if p.dim() == 2 and name.split(".")[-2] not in ("embed", "vision")] if muon_lr else []
+    rest = [p for p in policy.parameters() if all(p is not q for q in inner)]
+    groups = [{"params": [p for p in rest if p.dim() > 1], "weight_decay": 0.05},       # no decay for norms and biases
+              {"params": [p for p in rest if p.dim() <= 1], "weight_decay": 0.0}]
+    optimizers = [torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.98), fused=policy.device.type in ("cuda", "cpu"))]
+    if inner:
+        optimizers.append(Muon(inner, lr=muon_lr, weight_decay=0.05))
+
+    def factor(update):
+        start = min(1.0, (update + 1) / lr_warmup_updates)
+        return start * (0.55 + 0.45 * math.cos(math.pi * min(1.0, update / decay_over)) if decay_over else 1.0)
+
+    return optimizers, [torch.optim.lr_scheduler.LambdaLR(optimizer, factor) for optimizer in optimizers]
+
+
+class Muon(torch.optim.Optimizer):
+    """torch.optim.Muon (adjust_lr_fn="match_rms_adamw": updates of AdamW's size) in the precision of the weights. Torch's own
+    always computes in bf16, which took 1 second per update on a CPU without bf16 arithmetic; this takes a twentieth of it.
+
+    Muon (Jordan 2024, kellerjordan.github.io/posts/muon): momentum, then the nearest orthogonal matrix to it as the update, so
+    that all directions of a matrix learn equally fast. Five Newton-Schulz steps bring singular values close to 1."""
+
+    def __init__(self, params, lr, momentum=0.95, weight_decay=0.0):
+        super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            by_shape = {}
+            for p in group["params"]:
+                momentum = self.state[p].setdefault("momentum", torch.zeros_like(p)).lerp_(p.grad, 1 - group["momentum"])
+                by_shape.setdefault(p.shape, []).append((p, p.grad.lerp(momentum, group["momentum"])))      # Nesterov
+            for (rows, columns), pairs in by_shape.items():        # matrices of one shape go through together
+                x = torch.stack([update if rows <= columns else update.T for _, update in pairs])
+                x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+                for _ in range(5):
+                    gram = x @ x.mT
+                    x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+                for (p, _), update in zip(pairs, x if rows <= columns else x.mT):
+                    p.mul_(1 - group["lr"] * group["weight_decay"])
+                    p.add_(update, alpha=-group["lr"] * 0.2 * max(rows, columns) ** 0.5)
+
+
 # ---------------------------------------------------------------- sampler
 
 class Prompt(NamedTuple):
@@ -252,99 +363,149 @@ class Response(NamedTuple):
     log_probs: list
 
 
-def draw(logits, temperature, uniform):
+def draw(logits, temperature, uniform, forced):
     """Next tokens by inverse CDF: logits (B, V), temperature (B,), uniform (B,) in [0, 1) -> tokens (B,), log_probs (B,).
-    Each row has its own uniform number, so what it draws does not depend on the rows beside it. Temperature 0 is greedy."""
+    Each row has its own uniform number, so what it draws does not depend on the rows beside it. Temperature 0 is greedy.
+    forced (B,): a token that is taken instead of a drawn one, or -1."""
     greedy = temperature == 0
     log_probs = F.log_softmax(logits / torch.where(greedy, 1.0, temperature)[:, None], dim=-1)
     cdf = log_probs.exp().cumsum(dim=-1)
     sampled = torch.searchsorted(cdf, uniform[:, None] * cdf[:, -1:], right=True)[:, 0].clamp(max=logits.shape[1] - 1)
-    tokens = torch.where(greedy, logits.argmax(dim=-1), sampled)
+    tokens = torch.where(forced >= 0, forced, torch.where(greedy, logits.argmax(dim=-1), sampled))
     return tokens, log_probs.gather(1, tokens[:, None])[:, 0]
 
 
 @torch.inference_mode()
-def sample(policy, prompts, rollouts_per_question, temperature, max_new_tokens, seed, end_token, rows=None, progress=None):
-    """Sample responses: list of Prompt -> list (Q) of lists (L = rollouts_per_question) of Response.
+def sample(policy, prompts, rollouts_per_question, temperature, max_new_tokens, seed, end_token, prefixes=None, streams=None, rows=None, progress=None):
+    """Sample responses: list (Q) of Prompt -> list (Q) of lists (L = rollouts_per_question) of Response.
+
+    Responses of a question that have the same tokens so far share one row of the batch, whatever their temperature: one
+    forward pass and one cache entry for all of them, until they draw different tokens; then each branch goes on in a row of
+    its own. A row that no response is in any more is given to the next branch or the next waiting question.
 
     temperature: a number, or anything that broadcasts to (Q, L), so that one call can mix temperatures. 0 is greedy.
-    seed: response l of question q draws its token t with uniform number (q, l, t) of one seeded table. The same seed gives
-        the same responses whatever `rows` is, up to the floating-point order of the matrix products.
-    rows: how many responses are decoded together; bounds the memory of the cache. By default 512 on a CPU, 4096 elsewhere.
+    seed: response l of question q draws its token t with uniform number (q, streams[l], t) of one seeded table. The same seed
+        gives the same responses whatever `rows` is, up to the floating-point order of the matrix products.
+    prefixes: for each question a list of token lists. Each of them is continued L times, and the question's responses are
+        those of its first prefix, then those of its second ... The prefix is part of a response and of max_new_tokens.
+    streams: L integers, by default 0 .. L-1: responses of a question with the same stream draw with the same random numbers
+        (a sweep over temperatures with common random numbers).
+    rows: how many responses are in work at a time. The cache has that many rows, so its size is known before the start:
+        2 x layers x rows x kv_heads x (image + longest prompt + max_new_tokens) x head_dim numbers. By default 1024 on a CPU,
+        4096 elsewhere, and never less than the responses of one question.
     progress: called as progress(responses just ended, tokens just written) after every decode step.
-    Raises ValueError for a negative temperature or an empty prompt."""
-    L, device = rollouts_per_question, policy.device
+    Raises ValueError for a negative temperature, an empty prompt, or a prefix that leaves nothing to write."""
+    L, T, V, device = rollouts_per_question, max_new_tokens, policy.config.vocabulary, policy.device
+    prefixes = prefixes or [[[]]] * len(prompts)
     temperature = torch.as_tensor(temperature, dtype=torch.float32).expand(len(prompts), L)
     if (temperature < 0).any():
         raise ValueError(f"temperature {temperature.min().item()} is negative; 0 is greedy")
     if any(len(prompt.ids) == 0 for prompt in prompts):
         raise ValueError("empty prompt")
-    uniforms = torch.rand(len(prompts), L, max_new_tokens, generator=torch.Generator().manual_seed(seed))
-    responses = [[([], []) for _ in range(L)] for _ in prompts]    # tokens, log_probs
+    # One entry per response, a question's responses side by side: (its question, its place among L, its forced tokens)
+    counts = [L * len(group) for group in prefixes]
+    first = [0, *accumulate(counts)]
+    question = torch.arange(len(prompts)).repeat_interleave(torch.tensor(counts, dtype=torch.long))
+    place = torch.arange(first[-1]) % L
+    forced = torch.full((first[-1], T), -1)
+    for i, prefix in enumerate(prefix for group in prefixes for prefix in group):
+        if len(prefix) >= T or end_token in prefix:
+            raise ValueError(f"a prefix of {len(prefix)} tokens leaves nothing to write: at most {T}, and no end token inside")
+        forced[i * L:(i + 1) * L, :len(prefix)] = torch.tensor(prefix, dtype=torch.long)
+    streams = torch.arange(L) if streams is None else torch.as_tensor(streams)
+    uniforms = torch.rand(len(prompts), int(streams.max()) + 1, T, generator=torch.Generator().manual_seed(seed))
+    temperature, stream = temperature[question, place].to(device), streams[place].to(device)
+    question, forced, uniforms = question.to(device), forced.to(device), uniforms.to(device)
+    slots = max([min(rows or (1024 if device.type == "cpu" else 4096), first[-1]), *counts])
+    waiting = sorted((q for q in range(len(prompts)) if counts[q]), key=lambda q: len(prompts[q].ids))       # equal lengths together: little padding
+    longest = policy.image_tokens + max((len(prompt.ids) for prompt in prompts), default=0) + T
     was_training = policy.training
     policy.eval()
-    # Questions of equal length go together: the prompts of a wave then need little padding.
-    by_length = sorted(range(len(prompts)), key=lambda q: len(prompts[q].ids))
-    per_wave = max(1, (rows or (512 if device.type == "cpu" else 4096)) // L)
-    for start in range(0, len(prompts), per_wave):
-        wave = by_length[start:start + per_wave]
-        with policy.precision():
-            _sample_wave(policy, [prompts[q] for q in wave], temperature[wave].flatten().to(device), uniforms[wave].flatten(0, 1).to(device),
-                         end_token, [responses[q][l] for q in wave for l in range(L)], progress)
-    policy.train(was_training)
-    return [[Response(tokens, tokens[-1] == end_token, log_probs) for tokens, log_probs in group] for group in responses]
 
-
-def _sample_wave(policy, prompts, temperature, uniforms, end_token, out, progress):
-    """Decode L rollouts of each prompt together and append to `out`, one (tokens, log_probs) per row.
-
-    A row's cache has the prompt in columns [0, length) of the first `prefix` columns (padded on the right, masked) and its
-    own tokens from column `prefix` on, so that every row writes the same column at the same time. Positions for RoPE are
-    the true ones, without the gap."""
-    device, max_new_tokens, L = policy.device, uniforms.shape[1], len(uniforms) // len(prompts)
-    # Prefill: each image is encoded and each prompt read once, for all its rollouts.
-    lengths = torch.tensor([len(prompt.ids) for prompt in prompts], device=device)
-    ids = nn.utils.rnn.pad_sequence([torch.tensor(prompt.ids) for prompt in prompts], batch_first=True).to(device)    # (Q, T)
-    hidden, prefix_cache = policy.hidden(torch.stack([prompt.image for prompt in prompts]).to(device), ids, keep_cache=True)
-    last = policy.logits(hidden[torch.arange(len(prompts), device=device), lengths - 1])                               # (Q, V)
-    lengths, prefix = lengths + policy.image_tokens, ids.shape[1] + policy.image_tokens
-
-    logits = last.repeat_interleave(L, 0)                                                                             # (B, V), B = Q L
-    length = lengths.repeat_interleave(L)                                                                             # (B,)
-    mask = torch.arange(prefix + max_new_tokens, device=device)[None] < length[:, None]                               # (B, S_max)
-    mask[:, prefix:] = True
-    cache = [tuple(F.pad(part.repeat_interleave(L, 0), (0, 0, 0, max_new_tokens)) for part in layer) for layer in prefix_cache]
-    row = torch.arange(len(out), device=device)                    # which response each row of the batch is
-    alive, count = torch.ones_like(row, dtype=torch.bool), len(out)
-
-    steps = []                                                     # (row, token, log_prob) per decoded token, moved to lists at the end
-    for t in range(max_new_tokens):
-        tokens, log_probs = draw(logits, temperature[row], uniforms[row, t])
-        steps.append((row, tokens, log_probs))
-        alive &= tokens != end_token
-        before, count = count, int(alive.sum()) if t + 1 < max_new_tokens else 0
+    cache, B = None, 0                                             # rows [0, B) of the cache are in use
+    logits = torch.empty(0, V, device=device)                      # (B, V) what each row expects next
+    length = torch.zeros(slots, dtype=torch.long, device=device)   # columns of each row that are filled: image, prompt, response
+    live = row = t = torch.empty(0, dtype=torch.long, device=device)          # per response in work: its number, its row, its tokens so far
+    history = []                                                   # (live, tokens, log_probs) of every draw
+    while waiting or len(live):
+        # 1. Prefill: waiting questions take free room, one row each for all their responses, an eighth of the rows at a time
+        batch, room = [], slots - len(live)
+        if not len(live) or room >= slots // 8:
+            while waiting and counts[waiting[0]] <= room:
+                batch.append(waiting.pop(0))
+                room -= counts[batch[-1]]
+        if batch:
+            with policy.precision():
+                last, lengths, filled = _prefill(policy, [prompts[q] for q in batch])
+            cache = cache or [tuple(part.new_zeros(slots, part.shape[1], longest, part.shape[3]) for part in layer) for layer in filled]
+            for layer, new in zip(cache, filled):
+                for part, new_part in zip(layer, new):
+                    part[B:B + len(batch), :, :new_part.shape[2]] = new_part
+            length[B:B + len(batch)] = lengths
+            logits = torch.cat([logits, last])
+            joining = torch.cat([torch.arange(first[q], first[q + 1], device=device) for q in batch])
+            live, t = torch.cat([live, joining]), torch.cat([t, torch.zeros_like(joining)])
+            row = torch.cat([row, torch.arange(B, B + len(batch), device=device).repeat_interleave(torch.tensor([counts[q] for q in batch], device=device))])
+            B += len(batch)
+        # 2. Draw: every response for itself, from the logits of its row
+        tokens, log_probs = draw(logits[row], temperature[live], uniforms[question[live], stream[live], t], forced[live, t])
+        history.append((live, tokens, log_probs))
+        goes_on = (tokens != end_token) & (t + 1 < T)
+        drawn = len(live)
+        live, row, t, tokens = live[goes_on], row[goes_on], t[goes_on] + 1, tokens[goes_on]
         if progress:
-            progress(before - count, before)
-        if count == 0:
-            break
-        # Finished rows leave. Moving the cache costs a copy, so wait until a fifth of the rows is done; rows that are done
-        # but still there go on writing, and what they write is dropped below.
-        if count < 0.8 * len(row):
-            keep = alive.nonzero()[:, 0]
-            row, tokens, length, mask, alive = row[keep], tokens[keep], length[keep], mask[keep], alive[keep]
-            cache = [(k[keep], v[keep]) for k, v in cache]
-        column = prefix + t
-        cos, sin = policy.rope((length + t)[:, None])
-        x = policy.embed(tokens)[:, None]                                                                             # (B, 1, C)
-        for block, (keys, values) in zip(policy.blocks, cache):
-            x = block.decode(x, cos, sin, keys, values, column, mask[:, None, None, :column + 1])
-        logits = policy.logits(policy.norm(x)[:, 0])                                                                  # (B, V)
+            progress(drawn - len(live), drawn)
+        # 3. Branch: one row for each different (row, token). The first branch of a row stays in it, the others are copied
+        #    into rows that nobody is in any more, so that the rows in use stay [0, B).
+        branches, branch = torch.unique(row * V + tokens, return_inverse=True)
+        parent, token, B = branches // V, branches % V, len(branches)
+        stays = (parent.diff(prepend=parent.new_full((1,), -1)) > 0) & (parent < B)
+        free = torch.ones(B, dtype=torch.bool, device=device)
+        free[parent[stays]] = False
+        target, to, source = parent.clone(), free.nonzero()[:, 0], parent[~stays]
+        target[~stays] = to
+        columns = int(length[parent].max()) + 1 if B else 0
+        for part in (part for layer in cache for part in layer):
+            part[to, :, :columns] = part[source, :, :columns]
+        length[to] = length[source]
+        row, feed = target[branch], torch.empty_like(token).scatter_(0, target, token)
+        # 4. Decode: one forward pass of one token per row
+        if B:
+            with policy.precision():
+                logits = _decode(policy, feed, length[:B], [tuple(part[:B, :, :columns] for part in layer) for layer in cache])
+            length[:B] += 1
+        else:
+            logits = logits[:0]
 
-    for row, tokens, log_probs in steps:
-        for r, token, log_prob in zip(row.tolist(), tokens.tolist(), log_probs.tolist()):
-            if not out[r][0] or out[r][0][-1] != end_token:
-                out[r][0].append(token)
-                out[r][1].append(log_prob)
+    policy.train(was_training)
+    if not history:
+        return [[] for _ in prompts]
+    live, tokens, log_probs = (torch.cat(parts) for parts in zip(*history))
+    order = live.sort(stable=True).indices                         # by response, its tokens in the order they were drawn
+    sizes = live.bincount(minlength=first[-1]).tolist()
+    tokens, log_probs = tokens[order].split(sizes), log_probs[order].split(sizes)
+    responses = [Response(a.tolist(), a[-1].item() == end_token, b.tolist()) for a, b in zip(tokens, log_probs)]
+    return [responses[a:b] for a, b in pairwise(first)]
+
+
+def _prefill(policy, prompts):
+    """Read each image and prompt once: (logits of the first token (Q, V), lengths (Q,), keys and values per layer)."""
+    lengths = torch.tensor([len(prompt.ids) for prompt in prompts], device=policy.device)
+    ids = nn.utils.rnn.pad_sequence([torch.tensor(prompt.ids) for prompt in prompts], batch_first=True).to(policy.device)      # (Q, T)
+    hidden, filled = policy.hidden(torch.stack([prompt.image for prompt in prompts]).to(policy.device), ids, keep_cache=True)
+    return policy.logits(hidden[torch.arange(len(prompts)), lengths - 1]), lengths + policy.image_tokens, filled
+
+
+def _decode(policy, tokens, length, cache):
+    """Feed one token to each row and write its keys and values to column `length` of the cache: tokens (B,), length (B,),
+    cache per layer (keys, values) (B, G, S, D) -> logits (B, V)."""
+    columns = torch.arange(cache[0][0].shape[2], device=policy.device)
+    bias = torch.zeros(len(length), len(columns), device=policy.device).masked_fill(columns > length[:, None], -math.inf)   # (B, S)
+    cos, sin = policy.rope(length[:, None])
+    x = policy.embed(tokens)[:, None]                                                                                 # (B, 1, C)
+    for block, (keys, values) in zip(policy.blocks, cache):
+        x = block.decode(x, cos, sin, keys, values, length, bias[:, None, None])
+    return policy.logits(policy.norm(x)[:, 0])
 
 
 @torch.inference_mode()
@@ -354,7 +515,7 @@ def sample_without_cache(policy, prompt, temperature, uniforms, end_token):
     while len(tokens) < len(uniforms) and end_token not in tokens:
         ids = torch.tensor([prompt.ids + tokens], device=policy.device)
         logits = policy(prompt.image[None].to(policy.device), ids)[:, -1]
-        token, log_prob = draw(logits, torch.tensor([float(temperature)]), uniforms[len(tokens)][None])
+        token, log_prob = draw(logits, torch.tensor([float(temperature)]), uniforms[len(tokens)][None], torch.tensor([-1]))
         tokens.append(token.item())
         log_probs.append(log_prob.item())
     return Response(tokens, tokens[-1] == end_token, log_probs)

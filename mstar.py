@@ -25,15 +25,13 @@ import zlib
 from collections import Counter
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from data import TESTBEDS, Tokenizer, build_world, oracle, write_caption, write_reasoning
 from evaluate import (evaluate_policy, format_table, grade, make_prompts, most_frequent_answer, paired_gain, pass_at_k, sample_texts)
-from model import ModelConfig, Policy, save_policy
+from model import Example, ModelConfig, Policy, batches, fit, new_optimizers, save_policy
 
 METHODS = {     # the paper's rows, as bundles of switches (its Table 1)
     "continuous": dict(start_from="last", optimizer="inherit", interval=0.25),
@@ -166,8 +164,11 @@ def stage_base(cfg, policy, world, tokenizer):
     rng = random.Random(seed_of(cfg, "base"))
     questions, worked = world["base"], cfg.base_worked + cfg.base_worked_with_answer
     prompts = make_prompts(questions, tokenizer, cfg.image_size)
-    captions = [Example(prompt.image, tokenizer.prompt("describe"), tokenizer.response(write_caption(question, rng)))
-                for prompt, question in zip(prompts[:cfg.base_images], questions) for _ in range(2)]
+    captions = []
+    for prompt, question in zip(prompts[:cfg.base_images], questions):
+        for asked in (False, True) * (2 if question.task == "TQA" else 1):      # tables have the most to read
+            text, response = write_caption(question, rng, asked)
+            captions.append(Example(prompt.image, tokenizer.prompt(text), tokenizer.response(response)))
     blank = torch.full_like(prompts[0].image, 255)
     facts = [Example(blank, tokenizer.prompt("calculate"), tokenizer.response(arithmetic(rng))) for _ in range(cfg.base_arithmetic)]
     examples = []
@@ -175,7 +176,7 @@ def stage_base(cfg, policy, world, tokenizer):
         ids = tokenizer.prompt(question.text, question.answer if i >= cfg.base_worked else None)
         examples.append(Example(prompt.image, ids, tokenizer.response(write_reasoning(question, rng))))
     total = cfg.base_caption_updates + cfg.base_updates
-    optimizers, schedules = new_optimizers(policy, cfg.base_lr, cfg, cfg.base_muon_lr, decay_over=total)
+    optimizers, schedules = new_optimizers(policy, cfg.base_lr, cfg.lr_warmup_updates, cfg.base_muon_lr, decay_over=total)
     train(policy, optimizers, schedules, captions + facts, cfg.base_caption_updates, cfg, "base: captions, arithmetic")
     # worked examples are few: repeat them until they are more than half of the second part's diet
     repeats = math.ceil(1.3 * (len(captions) + len(facts)) / max(1, len(examples)))
@@ -185,15 +186,15 @@ def stage_base(cfg, policy, world, tokenizer):
 
 
 def arithmetic(rng):
-    """Five facts whose numbers are of the size that reasoning in the world needs: digits, sums of digits, products of digits."""
+    """Five facts with numbers such as reasoning in the world needs: digits, their sums and products, and round sums of money."""
     def number():
         a, b = rng.randint(1, 9), rng.randint(1, 9)
-        return rng.choice((a, a, a + b, a * b))
+        return rng.choice((a, a + b, a * b, a * b, 10 * a))
 
     lines = []
     while len(lines) < 5:
         sign = rng.choice("+-*")
-        left, right = number(), rng.randint(2, 9) if sign == "*" else number()
+        left, right = (rng.randint(1, 18), rng.randint(2, 9)) if sign == "*" else (number(), number())
         result = {"+": left + right, "-": left - right, "*": left * right}[sign]
         if 1 <= result <= 99:
             lines.append(f"{left} {sign} {right} = {result}")
@@ -213,7 +214,7 @@ def stage_warmup(cfg, base, world, tokenizer):
           f"{len(kept):,} different ones kept, of them {share(false_steps(questions, kept), len(kept))} with a false step (oracle)", flush=True)
     policy = copy.deepcopy(base)
     # decayed, so that pi_0 is a settled policy: what self-evolving gains on it is not just a smaller learning rate
-    optimizers, schedules = new_optimizers(policy, cfg.warmup_lr, cfg, decay_over=cfg.warmup_updates)
+    optimizers, schedules = new_optimizers(policy, cfg.warmup_lr, cfg.lr_warmup_updates, decay_over=cfg.warmup_updates)
     train(policy, optimizers, schedules, as_examples(questions, kept, tokenizer, cfg), cfg.warmup_updates, cfg, "warm-up: SFT")
     return policy
 
@@ -224,7 +225,7 @@ def stage_direct_sft(cfg, base, world, tokenizer):
     examples = [Example(prompt.image, prompt.ids, tokenizer.response(f"answer: {question.answer}"))
                 for prompt, question in zip(make_prompts(world["labeled"], tokenizer, cfg.image_size), world["labeled"])]
     policy, updates = copy.deepcopy(base), cfg.warmup_updates + cfg.evolve_updates
-    optimizers, schedules = new_optimizers(policy, cfg.warmup_lr, cfg, decay_over=updates)
+    optimizers, schedules = new_optimizers(policy, cfg.warmup_lr, cfg.lr_warmup_updates, decay_over=updates)
     loss = train(policy, optimizers, schedules, examples, updates, cfg, "SFT on direct answers")
     print(f"SFT       {len(examples):,} direct answers; loss {loss:.3f}", flush=True)
     return policy
@@ -236,7 +237,7 @@ def self_evolve(cfg, warm, world, tokenizer, out):
     """The loop of the paper: generate, reward, improve, watch; weights, optimizer and schedule live on between iterations
     (or not: `start_from`, `optimizer`). Returns (policy, metrics of each iteration)."""
     policy = copy.deepcopy(warm)
-    optimizers, schedules = new_optimizers(policy, cfg.evolve_lr, cfg)
+    optimizers, schedules = new_optimizers(policy, cfg.evolve_lr, cfg.lr_warmup_updates)
     metrics = [monitor(cfg, policy, world, tokenizer)]
     log(out, metrics[0])
     stream = question_stream(world["labeled"], random.Random(seed_of(cfg, "questions")))
@@ -252,7 +253,7 @@ def self_evolve(cfg, warm, world, tokenizer, out):
         if cfg.start_from == "warmup":
             policy.load_state_dict(warm.state_dict())
         if cfg.optimizer == "reset":
-            optimizers, schedules = new_optimizers(policy, cfg.evolve_lr, cfg)
+            optimizers, schedules = new_optimizers(policy, cfg.evolve_lr, cfg.lr_warmup_updates)
         updates = round(cfg.evolve_updates * iteration / cfg.iterations) - round(cfg.evolve_updates * (iteration - 1) / cfg.iterations)
         loss = train(policy, optimizers, schedules, as_examples(questions, kept, tokenizer, cfg), updates, cfg, f"iteration {iteration}: SFT")
         # 4. Watch exploitation (greedy) and exploration (pass@k) on validation questions
@@ -308,14 +309,7 @@ def monitor(cfg, policy, world, tokenizer, iteration=0):
             "truncated": sum(not response.complete for response in sampled) / len(sampled)}
 
 
-# ---------------------------------------------------------------- SFT, used by every stage
-
-class Example(NamedTuple):
-    """One training example: picture, prompt ids, response ids."""
-    image: torch.Tensor
-    prompt: list
-    response: list
-
+# ---------------------------------------------------------------- small parts of the stages
 
 def as_examples(questions, kept, tokenizer, cfg):
     """Training examples of (question index, text) pairs: the answer-free prompt and the text."""
@@ -329,78 +323,12 @@ def new_policy(cfg, tokenizer):
     return Policy(ModelConfig(vocabulary=len(tokenizer), **{name: getattr(cfg, name) for name in names}))
 
 
-def new_optimizers(policy, lr, cfg, muon_lr=0.0, decay_over=0):
-    """Optimizers and their schedules (two lists of equal length): AdamW on everything, or, with `muon_lr`, Muon on the
-    matrices of the blocks and AdamW on the rest. The schedule: linear start, then constant, or a cosine to a tenth over
-    `decay_over` updates. Muon (torch.optim.Muon) needed about half of AdamW's updates to read bars and to add, in one trial
-    from nothing, so the base stage uses it; the stages of the paper use AdamW."""
-    inner = [p for name, p in policy.named_parameters() if p.dim() == 2 and name.split(".")[-2] not in ("embed", "vision")] if muon_lr else []
-    rest = [p for p in policy.parameters() if all(p is not q for q in inner)]
-    groups = [{"params": [p for p in rest if p.dim() > 1], "weight_decay": 0.05},       # no decay for norms and biases
-              {"params": [p for p in rest if p.dim() <= 1], "weight_decay": 0.0}]
-    optimizers = [torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.98), fused=policy.device.type in ("cuda", "cpu"))]
-    if inner:                                                      # this scaling gives Muon's updates the size of AdamW's
-        optimizers.append(torch.optim.Muon(inner, lr=muon_lr, weight_decay=0.05, adjust_lr_fn="match_rms_adamw"))
-
-    def factor(update):
-        start = min(1.0, (update + 1) / cfg.lr_warmup_updates)
-        return start * (0.55 + 0.45 * math.cos(math.pi * min(1.0, update / decay_over)) if decay_over else 1.0)
-
-    return optimizers, [torch.optim.lr_scheduler.LambdaLR(optimizer, factor) for optimizer in optimizers]
-
-
 def train(policy, optimizers, schedules, examples, updates, cfg, title):
-    """SFT: `updates` optimizer updates on batches of examples. Returns the mean loss of the last 100, or None if there is
-    nothing to train on. FloatingPointError names the update at which the loss stopped being a finite number."""
+    """SFT on examples in random order. Returns the mean loss of the last 100 updates, or None if there are no examples."""
     if not examples:
         print(f"{title}: nothing to train on, going on without an update")
         return None
-    losses, stream = [], batches(examples, cfg.batch_size, random.Random(seed_of(cfg, title)))
-    began, read = time.time(), 0
-    with tqdm(total=updates, desc=title, unit=" updates", leave=False, mininterval=1) as bar:
-        for _ in range(updates):
-            images, ids, targets = (part.to(policy.device) for part in next(stream))
-            with policy.precision():
-                loss = policy.loss(images, ids, targets)
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
-            for optimizer, schedule in zip(optimizers, schedules):
-                optimizer.step()
-                schedule.step()
-                optimizer.zero_grad()
-            losses.append(loss.item())
-            if not math.isfinite(losses[-1]):
-                raise FloatingPointError(f"{title}: the loss of update {len(losses)} is not a finite number")
-            read += ids.numel()
-            bar.set_postfix_str(f"loss {losses[-1]:.3f}, {read / (time.time() - began):,.0f} tokens/s", refresh=False)
-            bar.update()
-    return float(np.mean(losses[-100:])) if losses else None
-
-
-def batches(examples, batch_size, rng):
-    """Endless batches (images, ids, targets), every example once per pass. Examples are sorted by length within windows of
-    two batches: less padding, and a batch still mixes task types. (Sorting longer windows would pad less, but fills a
-    batch with one task type; we did not measure what that costs by itself.)"""
-    while True:
-        order = rng.sample(range(len(examples)), len(examples))
-        groups = []
-        for start in range(0, len(order), 2 * batch_size):
-            window = sorted(order[start:start + 2 * batch_size], key=lambda i: len(examples[i].prompt) + len(examples[i].response))
-            groups += [window[i:i + batch_size] for i in range(0, len(window), batch_size)]
-        for group in rng.sample(groups, len(groups)):
-            yield collate([examples[i] for i in group])
-
-
-def collate(examples):
-    """Tensors of a batch: images (B, size, size, 3), ids (B, T) padded on the right, targets (B, T): the token after each
-    position where that is a response token, else -1, so that neither prompt nor padding is learned."""
-    sequences = [torch.tensor(example.prompt + example.response) for example in examples]
-    ids = torch.nn.utils.rnn.pad_sequence(sequences, batch_first=True, padding_value=Tokenizer.PAD)
-    targets = torch.full_like(ids, -1)
-    for row, example in enumerate(examples):
-        first, last = len(example.prompt), len(example.prompt) + len(example.response)
-        targets[row, first - 1:last - 1] = ids[row, first:last]
-    return torch.stack([example.image for example in examples]), ids[:, :-1], targets[:, :-1]
+    return fit(policy, optimizers, schedules, batches(examples, cfg.batch_size, random.Random(seed_of(cfg, title))), updates, title)
 
 
 def seed_of(cfg, *what):

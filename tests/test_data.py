@@ -47,7 +47,11 @@ def test_questions_have_several_routes(world):
 
 def test_captions_are_true(world):
     for question in all_questions(world):
-        assert all(oracle(question, write_caption(question, random.Random(0))))
+        for asked in (False, True):
+            prompt, text = write_caption(question, random.Random(0), asked)
+            assert all(oracle(question, text))
+            subjects = [line.rsplit(" is ", 1)[0] for line in text.split("\n")]
+            assert prompt == "describe" if not asked else sorted(prompt.removeprefix("describe ").split(" and ")) == sorted(subjects)
 
 
 def test_routes_of_a_question_agree(world):
@@ -115,7 +119,7 @@ def test_render_sizes(world):
 
 def test_tokenizer_keeps_every_text(world, tokenizer):
     for question in all_questions(world):
-        for text in (question.text, write_reasoning(question, random.Random(0)), write_caption(question, random.Random(0)),
+        for text in (question.text, write_reasoning(question, random.Random(0)), *write_caption(question, random.Random(0), True),
                      f"{question.text} the answer is {question.answer}."):
             assert tokenizer.decode(tokenizer.encode(text)) == text
         assert tokenizer.decode(tokenizer.response("answer: 7")) == "answer: 7"

@@ -5,8 +5,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import model
 from data import Tokenizer
-from model import ModelConfig, Policy, Prompt, draw, load_policy, sample, sample_without_cache, save_policy
+from model import ModelConfig, Muon, Policy, Prompt, draw, load_policy, sample, sample_without_cache, save_policy
 
 END = Tokenizer.EOS
 
@@ -115,6 +116,36 @@ def test_temperatures_in_one_batch_equal_separate_runs(policy, prompts):
         assert [group[l].tokens for group in mixed] == [group[l].tokens for group in alone]
 
 
+def test_common_random_numbers_over_temperatures(policy, prompts):
+    """One call for a sweep = one call per temperature, when responses of the same stream share their random numbers."""
+    swept = sample(policy, prompts, 6, torch.tensor([0.3, 0.3, 0.8, 0.8, 1.6, 1.6]), 20, 5, END, streams=[0, 1, 0, 1, 0, 1])
+    for i, temperature in enumerate((0.3, 0.8, 1.6)):
+        alone = sample(policy, prompts, 2, temperature, 20, 5, END)
+        assert [[r.tokens for r in group[2 * i:2 * i + 2]] for group in swept] == [[r.tokens for r in group] for group in alone]
+
+
+def test_rollouts_continue_exactly_their_prefix(policy, prompts):
+    """Unequal prefixes, unequal numbers of them, one question with none: each rollout = a prompt that ends with the prefix."""
+    prefixes = [[[20, 21], [20, 21, 22, 23]], [[]], [], [[30] * 7, [31], [30] * 8]][:len(prompts)]
+    got = sample(policy, prompts[:4], 2, 1.0, 20, 5, END, prefixes=prefixes, rows=7)
+    uniforms = torch.rand(4, 2, 20, generator=torch.Generator().manual_seed(5))
+    assert [len(group) for group in got] == [4, 2, 0, 6]
+    for q, prompt in enumerate(prompts[:4]):
+        for i, response in enumerate(got[q]):
+            prefix = prefixes[q][i // 2]
+            rest = sample_without_cache(policy, Prompt(prompt.image, prompt.ids + prefix), 1.0, uniforms[q, i % 2, len(prefix):], END)
+            assert response.tokens == prefix + rest.tokens and response.complete == rest.complete
+
+
+def test_equal_beginnings_share_a_row(policy, prompts, monkeypatch):
+    """One forward pass per different beginning: rows decoded = different proper beginnings of the responses, counted by hand."""
+    fed, decode = [], model._decode
+    monkeypatch.setattr(model, "_decode", lambda policy, tokens, *rest: fed.append(len(tokens)) or decode(policy, tokens, *rest))
+    got = sample(policy, prompts, 6, torch.tensor([0.0, 0.0, 0.3, 0.3, 1.0, 1.0]), 12, 5, END, rows=20)
+    beginnings = {(q, tuple(response.tokens[:n])) for q, group in enumerate(got) for response in group for n in range(1, len(response.tokens))}
+    assert sum(fed) == len(beginnings) < sum(len(response.tokens) for group in got for response in group)
+
+
 def test_greedy_takes_the_most_likely_token_and_leaves_the_policy_as_it_was(policy, prompts):
     policy.train()
     before = {name: tensor.clone() for name, tensor in policy.state_dict().items()}
@@ -130,11 +161,11 @@ def test_draw_follows_the_distribution():
     logits, n = torch.tensor([[2.0, 0.0, -1.0, 1.0]]), 20_000
     uniform = (torch.arange(n) + 0.5) / n                          # an even grid instead of chance: shares must be exact to 1/n
     for temperature in (0.5, 1.0, 2.0):
-        tokens, log_probs = draw(logits.expand(n, 4), torch.full((n,), temperature), uniform)
+        tokens, log_probs = draw(logits.expand(n, 4), torch.full((n,), temperature), uniform, torch.full((n,), -1))
         expected = (logits[0] / temperature).softmax(0)
         torch.testing.assert_close(torch.bincount(tokens, minlength=4) / n, expected, rtol=0, atol=2 / n)
         torch.testing.assert_close(log_probs, expected.log()[tokens])
-    assert draw(logits, torch.tensor([1.0]), torch.tensor([1 - 2**-24]))[0].item() == 3      # the last number below 1 stays inside
+    assert draw(logits, torch.tensor([1.0]), torch.tensor([1 - 2**-24]), torch.tensor([-1]))[0].item() == 3      # the last number below 1 stays inside
 
 
 def test_sampler_refuses_bad_input(policy, prompts):
@@ -142,6 +173,26 @@ def test_sampler_refuses_bad_input(policy, prompts):
         sample(policy, prompts, 2, -1.0, 5, 0, END)
     with pytest.raises(ValueError, match="empty prompt"):
         sample(policy, [Prompt(prompts[0].image, [])], 1, 1.0, 5, 0, END)
+    with pytest.raises(ValueError, match="prefix of 5 tokens"):
+        sample(policy, prompts[:1], 1, 1.0, 5, 0, END, prefixes=[[[20] * 5]])
+
+
+# ---------------------------------------------------------------- training
+
+def test_muon_makes_the_updates_of_torch():
+    """Ours in fp32 against torch.optim.Muon, which rounds to bf16: the same path within that rounding, for tall, wide and equal shapes."""
+    torch.manual_seed(0)
+    start = [torch.randn(shape) for shape in ((24, 8), (8, 24), (24, 8), (16, 16))]
+    ours, theirs = ([torch.nn.Parameter(p.clone()) for p in start] for _ in range(2))
+    optimizers = [Muon(ours, lr=0.02, weight_decay=0.1), torch.optim.Muon(theirs, lr=0.02, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")]
+    for _ in range(4):
+        for a, b in zip(ours, theirs):
+            a.grad = torch.randn(a.shape)
+            b.grad = a.grad.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+    for a, b, p in zip(ours, theirs, start):
+        assert (a - b).norm() < 0.02 * (b - p).norm()
 
 
 # ---------------------------------------------------------------- weights on disk

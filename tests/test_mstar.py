@@ -7,7 +7,8 @@ import torch
 
 import mstar
 from data import Tokenizer, oracle
-from mstar import Config, Example, batches, collate, keep_right, parse
+from model import Example, batches, collate, new_optimizers
+from mstar import Config, keep_right, parse
 
 TINY = ["--preset", "test"]
 
@@ -37,7 +38,7 @@ def test_training_lowers_the_loss_on_what_it_trains(policy):
     image = torch.randint(0, 255, (64, 64, 3), dtype=torch.uint8)
     examples = [Example(image, [1, 50 + i, 2], [60 + i, 70 - i, 3]) for i in range(8)]
     before = policy.loss(*collate(examples)).item()
-    mstar.train(policy, *mstar.new_optimizers(policy, 3e-3, cfg), examples, 30, cfg, "test")
+    mstar.train(policy, *new_optimizers(policy, 3e-3, 2), examples, 30, cfg, "test")
     assert policy.loss(*collate(examples)).item() < before / 4
 
 
@@ -199,4 +200,4 @@ def test_a_loss_that_is_not_finite_stops_the_training(policy):
     policy.embed.weight.data[60] = float("nan")
     cfg, image = Config(batch_size=2), torch.zeros(64, 64, 3, dtype=torch.uint8)
     with pytest.raises(FloatingPointError, match="bad: the loss of update 1 "):
-        mstar.train(policy, *mstar.new_optimizers(policy, 1e-3, cfg), [Example(image, [1, 50, 2], [60, 3])], 3, cfg, "bad")
+        mstar.train(policy, *new_optimizers(policy, 1e-3, 2), [Example(image, [1, 50, 2], [60, 3])], 3, cfg, "bad")
