@@ -66,16 +66,17 @@ def make_prompts(questions, tokenizer, image_size, with_answer=False, images=Non
             for question, pictured in zip(questions, images or questions)]
 
 
-def sample_texts(policy, prompts, tokenizer, rollouts_per_question, temperature, max_new_tokens, seed, title):
+def sample_texts(policy, prompts, tokenizer, rollouts_per_question, temperature, max_new_tokens, seed, title, prefixes=None, streams=None):
     """`model.sample` behind a progress bar. Returns (texts, responses), both [question][rollout]."""
     began, written = time.time(), 0
-    with tqdm(total=len(prompts) * rollouts_per_question, desc=title, unit=" responses", leave=False, mininterval=1) as bar:
+    total = rollouts_per_question * (sum(map(len, prefixes)) if prefixes else len(prompts))
+    with tqdm(total=total, desc=title, unit=" responses", leave=False, mininterval=1) as bar:
         def progress(ended, tokens):
             nonlocal written
             written += tokens
             bar.set_postfix_str(f"{written / (time.time() - began):,.0f} tokens/s", refresh=False)
             bar.update(ended)
-        responses = sample(policy, prompts, rollouts_per_question, temperature, max_new_tokens, seed, tokenizer.EOS, progress=progress)
+        responses = sample(policy, prompts, rollouts_per_question, temperature, max_new_tokens, seed, tokenizer.EOS, prefixes, streams, progress=progress)
     return [[tokenizer.decode(response.tokens) for response in group] for group in responses], responses
 
 
@@ -92,12 +93,18 @@ NUMBER_AT_END = re.compile(r"answer:[ \t]*([+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+))[ \
 def grade(text, gold):
     """Binary reward 1(a == a*), with a third outcome: "right", "wrong" or "unparseable".
 
-    The answer is the number after the last "answer:", and nothing may follow it. It is compared by value: 7, 7.0 and 07
-    agree. Without such a number the response is "unparseable", which is counted apart everywhere."""
-    match = NUMBER_AT_END.search(text)
-    if not match:
+    Answers are compared by value: 7, 7.0 and 07 agree. Without an answer (`find_answer`) the response is "unparseable",
+    which is counted apart everywhere."""
+    answer = find_answer(text)
+    if answer is None:
         return "unparseable"
-    return "right" if Fraction(match[1]) == Fraction(gold) else "wrong"
+    return "right" if answer == Fraction(gold) else "wrong"
+
+
+def find_answer(text):
+    """The number after the last "answer:", after which nothing may follow, as a Fraction; None if there is no such number."""
+    match = NUMBER_AT_END.search(text)
+    return Fraction(match[1]) if match else None
 
 
 # ---------------------------------------------------------------- statistics
@@ -108,6 +115,32 @@ def pass_at_k(n, c, k):
     if not (0 <= c <= n and 1 <= k <= n):
         raise ValueError(f"pass_at_k needs 0 <= c <= n and 1 <= k <= n, got n={n}, c={c}, k={k}")
     return 1 - math.comb(n - c, k) / math.comb(n, k)
+
+
+def reward_pass_at_k(right, scores, k):
+    """The paper's Reward-Pass@K of one question: is a right response among the k that the reward ranks highest, out of all n
+    responses, right or wrong. Where equal scores straddle rank k, each order of them is equally likely, and the value is the
+    chance of a right one: no luck of the draw. right: n bools, scores: n numbers -> a float in [0, 1]."""
+    edge = sorted(scores, reverse=True)[k - 1]
+    above = [r for r, s in zip(right, scores) if s > edge]
+    tied = [r for r, s in zip(right, scores) if s == edge]
+    return 1.0 if any(above) else pass_at_k(len(tied), sum(tied), k - len(above))
+
+
+def auc(good, scores):
+    """Area under the ROC curve: the chance that a good one scores above a bad one, ties counting half (Mann-Whitney).
+    good: n bools, scores: n numbers. NaN if all are good or none is."""
+    good, scores = np.asarray(good, bool), np.asarray(scores, float)
+    _, rank, times = np.unique(scores, return_inverse=True, return_counts=True)
+    mean_rank = (times.cumsum() - (times - 1) / 2)[rank]           # 1 .. n, equal scores share the mean of theirs
+    n, m = good.sum(), (~good).sum()
+    return float((mean_rank[good].sum() - n * (n + 1) / 2) / (n * m)) if n and m else math.nan
+
+
+def balanced_accuracy(good, said_good):
+    """Mean of the shares of the good and of the bad that are called so; NaN if all are good or none is."""
+    good, said_good = np.asarray(good, bool), np.asarray(said_good, bool)
+    return float((said_good[good].mean() + (~said_good[~good]).mean()) / 2) if good.any() and not good.all() else math.nan
 
 
 def bootstrap_interval(groups, draws=2000, seed=0):
