@@ -3,7 +3,7 @@ evaluate.py: is an answer right, how good is a policy, and how sure are we of it
 
 Paper (arXiv 2412.17451v3): the binary reward 1(a == a*) (section on the reward model), greedy accuracy and Pass@K (section
     on dynamics), the columns of its tables (in-domain test; MathVista's task types; out-of-domain benchmarks).
-Read:     evaluate_policy -> answer_greedily -> grade, then the statistics   (top-down)
+Read:     evaluate_policy -> grade_greedily -> grade, then the statistics   (top-down)
 Departs:  the in-domain test carries the task columns (the paper gives them for MathVista); the out-of-domain columns are
           our five testbeds. Answers are numbers. Intervals are ours: the paper gives none.
 Run:      python evaluate.py runs/NAME      (score a saved policy again)

@@ -1,13 +1,12 @@
 """
-model.py: a small vision-language transformer and its sampler.
+model.py: a small vision-language transformer, its training loop and its sampler.
 
 Paper (arXiv 2412.17451v3): the policy model pi. There it is MiniCPM-V-2.5 (8B), Phi-3.5-vision or InternVL2; here a small
     member of the public SigLIP + pixel-shuffle + Llama family: a ViT reads patches, neighbouring patches are folded into
     one token ("pixel shuffle"), a linear map takes them into a Llama-style decoder that writes text.
-Read:     VisionTower -> Decoder -> Policy -> sample   (bottom-up: the parts explain the whole)
+Read:     VisionTower -> DecoderBlock -> Policy -> fit -> sample   (bottom-up: the parts explain the whole)
 Departs:  sizes, and trained from scratch. One image per question, of one fixed size; no image tiling.
-          The sampler works in waves: the rows of a wave that finish leave it, new rows join at the next wave.
-Run:      nothing by itself; `sample` is the only entrance for generating text.
+Run:      nothing by itself; `fit` is the only entrance for training, `sample` for generating text.
 
 Letters in shape comments: B batch rows, P image patches, I image tokens, T text tokens, S cached tokens, C width, H heads,
 G key/value heads, D = C / H, V vocabulary, Q questions, L rollouts per question.

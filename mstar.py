@@ -4,7 +4,7 @@ mstar.py: self-evolving training, from a base model to a policy that reasons. Th
 Paper (arXiv 2412.17451v3, "Diving into Self-Evolving Training for Multimodal Reasoning"): warm-up, then rounds of
     generate (sample L responses per question), improve (keep those the reward accepts, SFT on them), with the weights, the
     optimizer state and the schedule carried from round to round: "Continuous Self-Evolving".
-Read:     Config -> main -> stage_base -> stage_warmup -> self_evolve -> train   (top-down: in the order it runs)
+Read:     Config -> main -> stage_base -> stage_warmup -> self_evolve -> monitor   (top-down: in the order it runs)
 Departs:  the base model is trained here, from scratch, on a stated diet (stage_base); the paper starts from a pretrained LMM.
           The learning rate is larger (the paper: 1e-6 for 8B parameters) and rounds are counted in updates, not epochs.
           Pixels, words and questions come from data.py's world. The process reward model is not here yet.
