@@ -25,6 +25,16 @@ def test_batch_equals_rows_one_by_one(policy, prompts):
         torch.testing.assert_close(together[row, :len(prompt.ids)], alone, rtol=1e-4, atol=1e-4)
 
 
+def test_patches_are_embedded_as_by_the_convolution(policy, prompts):
+    tower, seen = policy.vision, []
+    hook = tower.blocks[0].register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+    images = pad(prompts[:3])[0]
+    tower(images)
+    hook.remove()
+    expected = tower.patch(images.permute(0, 3, 1, 2).float() / 127.5 - 1).flatten(2).transpose(1, 2) + tower.position
+    torch.testing.assert_close(seen[0], expected, rtol=1e-4, atol=1e-5)
+
+
 def test_later_tokens_never_change_earlier_logits_and_images_matter(policy, prompts):
     images, ids = pad(prompts[:2])
     before, changed = policy(images, ids), ids.clone()
