@@ -129,18 +129,18 @@ def reward_pass_at_k(right, scores, k):
 
 def auc(good, scores):
     """Area under the ROC curve: the chance that a good one scores above a bad one, ties counting half (Mann-Whitney).
-    good: n bools, scores: n numbers. NaN if all are good or none is."""
+    good: n bools, scores: n numbers. None if all are good or none is."""
     good, scores = np.asarray(good, bool), np.asarray(scores, float)
     _, rank, times = np.unique(scores, return_inverse=True, return_counts=True)
     mean_rank = (times.cumsum() - (times - 1) / 2)[rank]           # 1 .. n, equal scores share the mean of theirs
     n, m = good.sum(), (~good).sum()
-    return float((mean_rank[good].sum() - n * (n + 1) / 2) / (n * m)) if n and m else math.nan
+    return float((mean_rank[good].sum() - n * (n + 1) / 2) / (n * m)) if n and m else None
 
 
 def balanced_accuracy(good, said_good):
-    """Mean of the shares of the good and of the bad that are called so; NaN if all are good or none is."""
+    """Mean of the shares of the good and of the bad that are called so; None if all are good or none is."""
     good, said_good = np.asarray(good, bool), np.asarray(said_good, bool)
-    return float((said_good[good].mean() + (~said_good[~good]).mean()) / 2) if good.any() and not good.all() else math.nan
+    return float((said_good[good].mean() + (~said_good[~good]).mean()) / 2) if good.any() and not good.all() else None
 
 
 def bootstrap_interval(groups, draws=2000, seed=0):

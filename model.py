@@ -219,7 +219,7 @@ class Policy(nn.Module):
 # ---------------------------------------------------------------- weights on disk
 
 def save_policy(policy, path, symbols):
-    """Write `path` (.safetensors) and beside it a JSON with the sizes and the vocabulary. Each file appears whole or not at all."""
+    """Write `path` (.safetensors) of a Policy, or of another network with a ModelConfig as `config`, and beside it a JSON with the sizes and the vocabulary. Each file appears whole or not at all."""
     path = Path(path)
     save_file({name: tensor.detach().cpu().contiguous() for name, tensor in policy.state_dict().items()}, f"{path}.part")
     description = {"model": asdict(policy.config), "vocabulary": list(symbols)}
@@ -228,12 +228,12 @@ def save_policy(policy, path, symbols):
     Path(f"{path}.part").replace(path)
 
 
-def load_policy(path, device="cpu"):
-    """Read what `save_policy` wrote: (policy, vocabulary). ValueError names the file when it is damaged or does not fit."""
+def load_policy(path, device="cpu", kind=Policy):
+    """Read what `save_policy` wrote of a network of class `kind`: (network, vocabulary). ValueError names the file when it is damaged or does not fit."""
     path = Path(path)
     try:
         description = json.loads(path.with_suffix(".json").read_text())
-        policy = Policy(ModelConfig(**description["model"]))
+        policy = kind(ModelConfig(**description["model"]))
         policy.load_state_dict(load_file(path))
     except (SafetensorError, RuntimeError, KeyError, TypeError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ValueError(f"{path}: not a policy this program wrote, or damaged ({error})") from error
@@ -273,7 +273,19 @@ def fit(model, optimizers, schedules, stream, updates, title):
     return sum(losses[-100:]) / len(losses[-100:]) if losses else None
 
 
-def batches(examples, batch_size, rng):
+def collate(examples):
+    """Tensors of a batch: images (B, size, size, 3), ids (B, T) padded on the right, targets (B, T): the token after each
+    position where that is a response token, else -1, so that neither prompt nor padding is learned."""
+    sequences = [torch.tensor(example.prompt + example.response) for example in examples]
+    ids = torch.nn.utils.rnn.pad_sequence(sequences, batch_first=True, padding_value=0)
+    targets = torch.full_like(ids, -1)
+    for row, example in enumerate(examples):
+        first, last = len(example.prompt), len(example.prompt) + len(example.response)
+        targets[row, first - 1:last - 1] = ids[row, first:last]
+    return torch.stack([example.image for example in examples]), ids[:, :-1], targets[:, :-1]
+
+
+def batches(examples, batch_size, rng, collate=collate):
     """Endless batches (images, ids, targets), every example once per pass. Examples are sorted by length within windows of
     two batches: less padding, and a batch still mixes task types. (Sorting longer windows would pad less, but fills a
     batch with one task type; we did not measure what that costs by itself.)"""
@@ -285,18 +297,6 @@ def batches(examples, batch_size, rng):
             groups += [window[i:i + batch_size] for i in range(0, len(window), batch_size)]
         for group in rng.sample(groups, len(groups)):
             yield collate([examples[i] for i in group])
-
-
-def collate(examples):
-    """Tensors of a batch: images (B, size, size, 3), ids (B, T) padded on the right, targets (B, T): the token after each
-    position where that is a response token, else -1, so that neither prompt nor padding is learned."""
-    sequences = [torch.tensor(example.prompt + example.response) for example in examples]
-    ids = torch.nn.utils.rnn.pad_sequence(sequences, batch_first=True, padding_value=0)
-    targets = torch.full_like(ids, -1)
-    for row, example in enumerate(examples):
-        first, last = len(example.prompt), len(example.prompt) + len(example.response)
-        targets[row, first - 1:last - 1] = ids[row, first:last]
-    return torch.stack([example.image for example in examples]), ids[:, :-1], targets[:, :-1]
 
 
 def new_optimizers(policy, lr, lr_warmup_updates, muon_lr=0.0, decay_over=0):

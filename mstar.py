@@ -3,11 +3,13 @@ mstar.py: self-evolving training, from a base model to a policy that reasons. Th
 
 Paper (arXiv 2412.17451v3, "Diving into Self-Evolving Training for Multimodal Reasoning"): warm-up, then rounds of
     generate (sample L responses per question), improve (keep those the reward accepts, SFT on them), with the weights, the
-    optimizer state and the schedule carried from round to round: "Continuous Self-Evolving".
-Read:     Config -> main -> stage_base -> stage_warmup -> self_evolve -> monitor   (top-down: in the order it runs)
+    optimizer state and the schedule carried from round to round: "Continuous Self-Evolving". M-STaR adds a process reward
+    model (prm.py) to the filter and chooses the sampling temperature by what that model finds (choose_temperature).
+Read:     Config -> main -> stage_base -> stage_warmup -> stage_prm -> self_evolve -> monitor   (top-down: in the order it runs)
 Departs:  the base model is trained here, from scratch, on a stated diet (stage_base); the paper starts from a pretrained LMM.
           The learning rate is larger (the paper: 1e-6 for 8B parameters) and rounds are counted in updates, not epochs.
-          Pixels, words and questions come from data.py's world. The process reward model is not here yet.
+          Pixels, words and questions come from data.py's world. The default method is "continuous": "mstar", the paper's, runs,
+          but its reward model has not been shown to help at this size.
 Run:      python mstar.py [--preset cpu|gpu|test] [--seed N] [--out runs/NAME] [any field of Config]
 """
 import argparse
@@ -23,21 +25,27 @@ import sys
 import time
 import zlib
 from collections import Counter
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from data import TESTBEDS, Tokenizer, build_world, oracle, write_caption, write_reasoning
-from evaluate import (evaluate_policy, format_table, grade, make_prompts, most_frequent_answer, paired_gain, pass_at_k, sample_texts)
+from evaluate import (bootstrap_interval, evaluate_policy, format_table, grade, make_prompts, most_frequent_answer, paired_gain, reward_pass_at_k, sample_texts)
+from prm import label_steps, rerank, score, train_prm
 from model import Example, ModelConfig, Policy, batches, fit, new_optimizers, save_policy
 
-METHODS = {     # the paper's rows, as bundles of switches (its Table 1)
-    "continuous": dict(start_from="last", optimizer="inherit", interval=0.25),
-    "iterative_rft": dict(start_from="last", optimizer="reset", interval=1.0),
-    "rest_em": dict(start_from="warmup", optimizer="reset", interval=1.0),
+METHODS = {     # the paper's rows, as bundles of switches (its Tables 1 and 4); "sft" is a stage of its own
+    "sft": dict(select="all", temperature="1.0"),
+    "iterative_rft": dict(start_from="last", optimizer="reset", interval=1.0, select="all", temperature="1.0"),
+    "rest_em": dict(start_from="warmup", optimizer="reset", interval=1.0, select="all", temperature="1.0"),
+    "continuous": dict(start_from="last", optimizer="inherit", interval=0.25, select="all", temperature="1.0"),
+    "prm": dict(start_from="last", optimizer="inherit", interval=0.25, select="top", temperature="1.0"),
+    "mstar": dict(start_from="last", optimizer="inherit", interval=0.25, select="top", temperature="adaptive"),
 }
+ROWS = {"sft": "SFT (direct answers)", "prm": "+ PRM re-rank", "mstar": "M-STaR"}      # names in the result table, where they differ
+GRID = [round(0.3 + 0.1 * i, 1) for i in range(14)]                # the temperatures of a sweep, 0.3 .. 1.6
 
 
 @dataclass
@@ -45,6 +53,7 @@ class Config:
     """Every value that a run depends on. Each field is a flag; a preset fills it, a method sets the switches, a flag wins."""
     out: str = ""                        # folder of the run; empty: runs/PRESET-METHOD-seedN, with a number if taken
     method: str = "continuous"           # one of METHODS
+    arms: str = ""                       # methods to run and compare, comma-separated, from one pi_0 and one PRM; empty: sft and --method
     seed: int = 0                        # weights, order of the data, sampling
     device: str = ""                     # empty: cuda, then mps, then cpu
     # the world
@@ -77,11 +86,22 @@ class Config:
     warmup_rollouts: int = 4
     warmup_updates: int = 200
     warmup_lr: float = 5e-4
+    # process reward model
+    prm_questions: int = 4000            # labeled questions of which one response each is labeled step by step
+    prm_rollouts: int = 4                # completions per step
+    prm_labels: str = "soft"             # a step's label: soft, the share of right completions, or hard, 1 if any is right
+    prm_updates: int = 500
+    prm_lr: float = 5e-4
     # self-evolving: the switches
     start_from: str = "last"             # weights an iteration's training starts from: last or warmup
     optimizer: str = "inherit"           # inherit or reset optimizer state and schedule at each iteration
     interval: float = 0.25               # share of the labeled questions per iteration
-    temperature: float = 1.0             # of the sampled responses
+    select: str = "all"                  # which right responses are trained on: all, top, threshold or random
+    keep_top: int = 2                    # responses per question that top and random keep
+    threshold: float = 0.5               # smallest reward R_p that threshold keeps
+    temperature: str = "1.0"             # of the sampled responses: a number, or adaptive: 1.0 at first, then as the sweeps say
+    adapt_by: str = "reward_pass_at_k"   # what a sweep maximises: reward_pass_at_k (k = keep_top) or pass_at_k
+    sweep_every: int = 2                 # iterations from sweep to sweep
     passes: float = 2.5                  # how often each labeled question is asked in all
     rollouts_per_question: int = 8       # L; the paper: 16
     evolve_updates: int = 3200           # updates of all iterations together, equal for every method
@@ -114,7 +134,7 @@ PRESETS = {
     "cpu": {},                                                     # the defaults above: a laptop, 2 cores
     "test": dict(labeled=40, validation=10, test=20, testbed=5, width=32, layers=1, heads=2, kv_heads=1, vision_width=16, vision_layers=1,
                  base_images=60, base_arithmetic=20, base_worked=20, base_worked_with_answer=20, base_caption_updates=4, base_updates=4,
-                 warmup_questions=10, warmup_rollouts=2, warmup_updates=3, passes=0.5, rollouts_per_question=2, evolve_updates=4,
+                 warmup_questions=10, warmup_rollouts=2, warmup_updates=3, prm_questions=20, prm_rollouts=2, prm_updates=3, passes=0.5, rollouts_per_question=2, evolve_updates=4,
                  batch_size=8, lr_warmup_updates=2, monitor_rollouts=4),
     # sized on paper for one GPU of 16-24 GB and an hour; not measured yet
     "gpu": dict(labeled=20000, patch_size=8, vision_width=256, vision_layers=4, vision_heads=4, width=384, layers=6, heads=6,
@@ -140,14 +160,22 @@ def main(argv=None):
 
     base = stage_base(cfg, policy, world, tokenizer)
     warm = stage_warmup(cfg, base, world, tokenizer)
-    sft = stage_direct_sft(cfg, base, world, tokenizer)
-    policy, iterations = self_evolve(cfg, warm, world, tokenizer, out)
-    save_policy(policy, out / "policy.safetensors", tokenizer.symbols)
-
-    named = {"base": base, "+ warm-up": warm, "SFT (direct answers)": sft, cfg.method: policy}
-    rows = [evaluate_policy(name, p, world, tokenizer, cfg.max_new_tokens) for name, p in named.items()]
+    save_policy(warm, out / "warmup.safetensors", tokenizer.symbols)
+    arms = {arm: cfg if arm == cfg.method else replace(cfg, **METHODS[arm]) for arm in cfg.arms.split(",")}
+    prm, prm_metrics = stage_prm(cfg, warm, world, tokenizer, out) if any(needs_prm(arm) for arm in arms.values()) else (None, None)
+    rows = [evaluate_policy(name, p, world, tokenizer, cfg.max_new_tokens) for name, p in (("base", base), ("+ warm-up", warm))]
+    iterations = []
+    for arm, switches in arms.items():                             # from the same pi_0 and PRM, equal responses and updates
+        if arm == "sft":
+            policy = stage_direct_sft(cfg, base, world, tokenizer)
+        else:
+            policy, metrics = self_evolve(switches, arm, warm, prm, world, tokenizer, out)
+            iterations += metrics
+        rows.append(evaluate_policy(ROWS.get(arm, arm), policy, world, tokenizer, cfg.max_new_tokens))
+        if arm == cfg.method:
+            save_policy(policy, out / "policy.safetensors", tokenizer.symbols)
     most_frequent = most_frequent_answer(world["labeled"], world["test"])
-    report = write_report(out, " ".join(["python mstar.py", *argv]), cfg, preset, device, rows, iterations, most_frequent, began)
+    report = write_report(out, " ".join(["python mstar.py", *argv]), cfg, preset, device, rows, iterations, prm_metrics, most_frequent, began)
     print_result(report)
     return report
 
@@ -231,38 +259,77 @@ def stage_direct_sft(cfg, base, world, tokenizer):
     return policy
 
 
-# ---------------------------------------------------------------- stage 4: self-evolve (stage 3 will be the PRM)
+# ---------------------------------------------------------------- stage 3: process reward model
 
-def self_evolve(cfg, warm, world, tokenizer, out):
-    """The loop of the paper: generate, reward, improve, watch; weights, optimizer and schedule live on between iterations
-    (or not: `start_from`, `optimizer`). Returns (policy, metrics of each iteration)."""
+def needs_prm(cfg):
+    """Does an arm with these switches ask the PRM for anything?"""
+    return cfg.select in ("top", "threshold") or (cfg.temperature == "adaptive" and cfg.adapt_by == "reward_pass_at_k")
+
+
+def stage_prm(cfg, warm, world, tokenizer, out):
+    """Label steps of pi_0's responses by Monte-Carlo rollouts and train the PRM on them. It is fixed from then on.
+    Writes prm.safetensors and labels.json (for the audit). Returns (RewardModel, metrics on held-out questions)."""
+    questions = world["labeled"][:cfg.prm_questions]
+    labels = label_steps(warm, questions, tokenizer, cfg.prm_rollouts, cfg.max_new_tokens, seed_of(cfg, "labels"))
+    torch.manual_seed(seed_of(cfg, "prm"))
+    prm, metrics = train_prm(warm, questions, labels, tokenizer, cfg.prm_labels, cfg.prm_updates, cfg.prm_lr, cfg.lr_warmup_updates, cfg.batch_size, seed_of(cfg, "prm"))
+    save_policy(prm, out / "prm.safetensors", tokenizer.symbols)
+    write_json(out / "labels.json", [label._asdict() for label in labels])
+    print(f"PRM       on {metrics['steps']:,} steps of held-out questions: AUC {share(metrics['auc'], 1)}, balanced accuracy {share(metrics['balanced_accuracy'], 1)}, "
+          f"{share(metrics['good'], 1)} good steps, loss {metrics['loss']:.3f}", flush=True)
+    return prm, metrics
+
+
+# ---------------------------------------------------------------- stage 4: self-evolve
+
+def self_evolve(cfg, arm, warm, prm, world, tokenizer, out):
+    """The loop of the paper: generate, reward, improve, watch, balance; weights, optimizer and schedule live on between
+    iterations (or not: `start_from`, `optimizer`). Returns (policy, metrics of each iteration)."""
     policy = copy.deepcopy(warm)
     optimizers, schedules = new_optimizers(policy, cfg.evolve_lr, cfg.lr_warmup_updates)
-    metrics = [monitor(cfg, policy, world, tokenizer)]
-    log(out, metrics[0])
+    temperature = 1.0 if cfg.temperature == "adaptive" else float(cfg.temperature)
+    metrics = []
     stream = question_stream(world["labeled"], random.Random(seed_of(cfg, "questions")))
-    for iteration in range(1, cfg.iterations + 1):
-        began = time.time()
-        # 1. Generate: L responses to the next questions from the current policy
-        questions = [next(stream) for _ in range(cfg.queries)]
-        texts, responses = sample_texts(policy, make_prompts(questions, tokenizer, cfg.image_size), tokenizer, cfg.rollouts_per_question,
-                                        cfg.temperature, cfg.max_new_tokens, seed_of(cfg, "generate", iteration), f"iteration {iteration}: responses")
-        # 2. Reward: R = 1(a == a*); right responses, each once per question
-        kept, counts = keep_right(questions, texts)
-        # 3. Improve: SFT on them, from the last checkpoint with a living optimizer ("continuous") or as the switches say
-        if cfg.start_from == "warmup":
-            policy.load_state_dict(warm.state_dict())
-        if cfg.optimizer == "reset":
-            optimizers, schedules = new_optimizers(policy, cfg.evolve_lr, cfg.lr_warmup_updates)
-        updates = round(cfg.evolve_updates * iteration / cfg.iterations) - round(cfg.evolve_updates * (iteration - 1) / cfg.iterations)
-        loss = train(policy, optimizers, schedules, as_examples(questions, kept, tokenizer, cfg), updates, cfg, f"iteration {iteration}: SFT")
-        # 4. Watch exploitation (greedy) and exploration (pass@k) on validation questions
-        metrics.append(monitor(cfg, policy, world, tokenizer, iteration) | {
-            "queries": len(questions), "responses": counts["responses"], "correct": counts["right"], "kept": len(kept),
-            "kept_false_step": false_steps(questions, kept) / max(1, len(kept)), "updates": updates if kept else 0, "loss": loss,
-            "seconds": round(time.time() - began, 1)})
+    for iteration in range(cfg.iterations + 1):
+        began, trained = time.time(), {}
+        if iteration > 0:
+            # 1. Generate: L responses to the next questions from the current policy
+            questions = [next(stream) for _ in range(cfg.queries)]
+            prompts = make_prompts(questions, tokenizer, cfg.image_size)
+            texts, _ = sample_texts(policy, prompts, tokenizer, cfg.rollouts_per_question, temperature, cfg.max_new_tokens,
+                                    seed_of(cfg, "generate", iteration), f"{arm} {iteration}: responses")
+            # 2. Reward: H(1(a == a*) R_p): of the right and different responses, those that the PRM ranks highest
+            right, counts = keep_right(questions, texts)
+            kept = right
+            if cfg.select != "all":
+                rewards = response_rewards(prm, prompts, right, tokenizer) if needs_prm(cfg) else [0.0] * len(right)
+                kept = rerank(right, rewards, cfg.select, cfg.keep_top, cfg.threshold, seed_of(cfg, "random", iteration))
+            # 3. Improve: SFT on them, from the last checkpoint with a living optimizer ("continuous") or as the switches say
+            if cfg.start_from == "warmup":
+                policy.load_state_dict(warm.state_dict())
+            if cfg.optimizer == "reset":
+                optimizers, schedules = new_optimizers(policy, cfg.evolve_lr, cfg.lr_warmup_updates)
+            updates = round(cfg.evolve_updates * iteration / cfg.iterations) - round(cfg.evolve_updates * (iteration - 1) / cfg.iterations)
+            loss = train(policy, optimizers, schedules, as_examples(questions, kept, tokenizer, cfg), updates, cfg, f"iteration {iteration}: SFT")
+            trained = {"queries": len(questions), "responses": counts["responses"], "correct": counts["right"], "right": len(right), "kept": len(kept),
+                       "none_right": counts["none_right"], "all_right": counts["all_right"],
+                       "right_false_step": false_steps(questions, right) / max(1, len(right)), "kept_false_step": false_steps(questions, kept) / max(1, len(kept)),
+                       "updates": updates if kept else 0, "loss": loss}
+        # 4. Watch exploitation (greedy) and exploration (pass@k) on validation questions; every other time, balance them: the
+        #    temperature of the next responses becomes the one at which the PRM finds most to exploit
+        sweep = cfg.temperature == "adaptive" and iteration % cfg.sweep_every == 0 and iteration < cfg.iterations
+        watched = monitor(cfg, policy, prm, world, tokenizer, iteration, temperature, sweep)
+        metrics.append({"arm": arm, "iteration": iteration, **watched, **trained, "seconds": round(time.time() - began, 1)})
         log(out, metrics[-1])
+        if sweep:
+            temperature = watched["sweep"]["chosen"]
     return policy, metrics
+
+
+def response_rewards(prm, prompts, kept, tokenizer):
+    """R_p = min over steps of the PRM's scores, of (question index, text) pairs."""
+    scores = score(prm, [prompts[i] for i, _ in kept], [[tokenizer.response(text)] for _, text in kept], tokenizer)
+    return [min(steps) for (steps,) in scores]
 
 
 def question_stream(questions, rng):
@@ -273,11 +340,12 @@ def question_stream(questions, rng):
 
 def keep_right(questions, texts):
     """The binary reward as a filter. Returns ([(question index, text)] of right responses, each text once per question,
-    and a Counter of responses, right, wrong and unparseable)."""
+    and a Counter of responses, right, wrong and unparseable, and of questions with none_right and all_right)."""
     kept, counts = [], Counter(responses=sum(map(len, texts)))
     for i, (question, group) in enumerate(zip(questions, texts)):
         grades = [grade(text, question.answer) for text in group]
         counts.update(grades)
+        counts.update({"none_right": "right" not in grades, "all_right": set(grades) == {"right"}})
         kept += [(i, text) for text in dict.fromkeys(text for text, g in zip(group, grades) if g == "right")]
     return kept, counts
 
@@ -287,26 +355,50 @@ def false_steps(questions, kept):
     return sum(not all(oracle(questions[i], text)) for i, text in kept)
 
 
-def monitor(cfg, policy, world, tokenizer, iteration=0):
-    """Metrics on the validation questions: one greedy response and `monitor_rollouts` sampled ones each, in one call."""
+def monitor(cfg, policy, prm, world, tokenizer, iteration, temperature, sweep):
+    """Metrics on the validation questions: one greedy response each and `monitor_rollouts` sampled ones, at `temperature` and, if
+    `sweep`, at every temperature of the grid: in one call, with the same random numbers at every temperature and iteration."""
     questions, n = world["validation"], cfg.monitor_rollouts
-    temperatures = torch.tensor([0.0] + [cfg.temperature] * n)
-    texts, responses = sample_texts(policy, make_prompts(questions, tokenizer, cfg.image_size), tokenizer, n + 1, temperatures, cfg.max_new_tokens,
-                                    seed_of(cfg, "monitor"), f"iteration {iteration}: validation")     # common random numbers over iterations
+    grid = sorted({temperature, *GRID}) if sweep else [temperature]
+    prompts = make_prompts(questions, tokenizer, cfg.image_size)
+    texts, responses = sample_texts(policy, prompts, tokenizer, 1 + n * len(grid), torch.tensor([0.0] + [t for t in grid for _ in range(n)]), cfg.max_new_tokens,
+                                    seed_of(cfg, "monitor"), f"iteration {iteration}: validation", streams=[0, *list(range(1, n + 1)) * len(grid)])
     grades = [[grade(text, question.answer) for text in group] for group, question in zip(texts, questions)]
-    right = [group[1:].count("right") for group in grades]
-    right_texts, _ = keep_right(questions, [group[1:] for group in texts])
-    sampled = [response for group in responses for response in group[1:]]
-    return {"iteration": iteration, "temperature": cfg.temperature,
-            "greedy_accuracy": sum(group[0] == "right" for group in grades) / len(questions),
-            "pass_at_1": sum(right) / len(questions) / n,
-            "pass_at_k": float(np.mean([pass_at_k(n, c, n) for c in right])), "k": n,
-            "false_step": false_steps(questions, right_texts) / max(1, len(right_texts)),      # among different right responses
-            "distinct": float(np.mean([len(set(group[1:])) / n for group in texts])),           # different texts per sampled response
-            # the mean of -log p over sampled tokens estimates the entropy per token of the distribution sampled from, in nats
-            "entropy": -float(np.mean([log_prob for response in sampled for log_prob in response.log_probs])),
-            "unparseable": sum(group[1:].count("unparseable") for group in grades) / len(sampled),
-            "truncated": sum(not response.complete for response in sampled) / len(sampled)}
+    right = np.array([[g == "right" for g in group] for group in grades])
+    if prm:
+        scores = score(prm, prompts, [[response.tokens for response in group] for group in responses], tokenizer)
+        rewards = np.array([[min(steps) for steps in group] for group in scores])
+    surface = {}                                                   # temperature -> name -> value of each question
+    for i, t in enumerate(grid):
+        these = slice(1 + n * i, 1 + n * (i + 1))
+        surface[t] = {"pass_at_1": right[:, these].mean(axis=1), "pass_at_k": right[:, these].any(axis=1).astype(float)}
+        for k in sorted({k for k in (1, 2, 4, cfg.keep_top) if k <= n and prm}):
+            surface[t][f"reward_pass_at_{k}"] = np.array([reward_pass_at_k(r, s, k) for r, s in zip(right[:, these], rewards[:, these])])
+    now = slice(1 + n * grid.index(temperature), 1 + n * (grid.index(temperature) + 1))
+    right_texts, _ = keep_right(questions, [group[now] for group in texts])
+    sampled = [response for group in responses for response in group[now]]
+    metrics = {"temperature": temperature, "greedy_accuracy": float(right[:, 0].mean()), "k": n,
+               **{name: float(values.mean()) for name, values in surface[temperature].items()},
+               "false_step": false_steps(questions, right_texts) / max(1, len(right_texts)),      # among different right responses
+               "distinct": float(np.mean([len(set(group[now])) / n for group in texts])),          # different texts per sampled response
+               # the mean of -log p over sampled tokens estimates the entropy per token of the distribution sampled from, in nats
+               "entropy": -float(np.mean([log_prob for response in sampled for log_prob in response.log_probs])),
+               "unparseable": sum(group[now].count("unparseable") for group in grades) / len(sampled),
+               "truncated": sum(not response.complete for response in sampled) / len(sampled)}
+    if sweep:
+        aim = "pass_at_k" if cfg.adapt_by == "pass_at_k" else f"reward_pass_at_{min(cfg.keep_top, n)}"
+        metrics["sweep"] = choose_temperature({t: values[aim] for t, values in surface.items()}, temperature) | {
+            "aim": aim, "surface": {str(t): {name: float(v.mean()) for name, v in values.items()} for t, values in surface.items()}}
+    return metrics
+
+
+def choose_temperature(values, current):
+    """The temperature of the largest mean. values: temperature -> value of each validation question. A tie, judged by equal
+    means, keeps the current temperature if it is among the best, else takes the best one closest to it."""
+    means = {t: round(float(v.mean()), 9) for t, v in values.items()}
+    chosen = min((t for t in means if means[t] == max(means.values())), key=lambda t: (abs(t - current), t))
+    return {"chosen": chosen, "value": means[chosen], "ci95": bootstrap_interval([values[chosen]]), "current": means[current],
+            "gain_ci95": bootstrap_interval([values[chosen] - values[current]])}
 
 
 # ---------------------------------------------------------------- small parts of the stages
@@ -343,7 +435,8 @@ def parse(argv):
     parser = argparse.ArgumentParser(description="M-STaR on a small world of visual math.", allow_abbrev=False)
     parser.error = lambda message: parser.exit(2, f"mstar.py: {message}; see python mstar.py --help\n")
     parser.add_argument("--preset", choices=PRESETS, default="gpu" if torch.cuda.is_available() else "cpu")
-    choices = {"method": METHODS, "device": available(), "start_from": ("last", "warmup"), "optimizer": ("inherit", "reset")}
+    choices = {"method": METHODS, "device": available(), "start_from": ("last", "warmup"), "optimizer": ("inherit", "reset"),
+               "select": ("all", "top", "threshold", "random"), "adapt_by": ("reward_pass_at_k", "pass_at_k"), "prm_labels": ("soft", "hard")}
     comments = dict(re.findall(r"^    (\w+): \w+ = .*?# (.*)", inspect.getsource(Config), re.MULTILINE))     # a field's comment is its help
     for f in fields(Config):
         parser.add_argument(f"--{f.name}", type=type(f.default), choices=choices.get(f.name), default=argparse.SUPPRESS, metavar=None if f.name in choices else "",
@@ -351,9 +444,16 @@ def parse(argv):
     given = vars(parser.parse_args(argv))
     preset = given.pop("preset")
     cfg = Config(**{**PRESETS[preset], **METHODS[given.get("method", Config.method)], **given})
+    cfg.arms = cfg.arms or ",".join(dict.fromkeys(("sft", cfg.method)))
+    if unknown := set(cfg.arms.split(",")) - METHODS.keys():
+        parser.error(f"--arms {cfg.arms}: {sorted(unknown)[0]!r} is not a method; known: {', '.join(METHODS)}")
+    if cfg.method not in cfg.arms.split(","):
+        parser.error(f"--arms {cfg.arms}: --method {cfg.method} must be among them")
+    if cfg.temperature != "adaptive" and not re.fullmatch(r"\d+(\.\d*)?|\.\d+", cfg.temperature):
+        parser.error(f"--temperature {cfg.temperature}: must be a number of at least 0, or adaptive")
     at_least = dict.fromkeys(("labeled", "validation", "test", "testbed", "width", "layers", "heads", "kv_heads", "vision_width", "vision_heads", "patch_size",
                               "image_size", "batch_size", "lr_warmup_updates", "base_updates", "warmup_updates", "evolve_updates", "rollouts_per_question",
-                              "monitor_rollouts", "max_new_tokens", "warmup_rollouts", "warmup_questions", "base_images"), 1)
+                              "monitor_rollouts", "max_new_tokens", "keep_top", "sweep_every", "prm_questions", "prm_rollouts", "prm_updates", "warmup_rollouts", "warmup_questions", "base_images"), 1)
     for f in fields(Config):
         value = getattr(cfg, f.name)
         if not isinstance(value, str) and (not math.isfinite(value) or value < at_least.get(f.name, 0)):
@@ -391,31 +491,41 @@ def new_folder(cfg, preset):
 def announce(cfg, preset, out, device, policy, world):
     """What is about to happen, before it starts."""
     parameters = sum(p.numel() for p in policy.parameters())
-    evolve = cfg.iterations * cfg.queries * cfg.rollouts_per_question
-    sampled = {"warm-up": cfg.warmup_questions * cfg.warmup_rollouts, "self-evolving": evolve,
-               "monitoring": (cfg.iterations + 1) * cfg.validation * (cfg.monitor_rollouts + 1), "tests": 4 * (2 * cfg.test + 5 * cfg.testbed)}
-    updates = {"base": cfg.base_caption_updates + cfg.base_updates, "warm-up": cfg.warmup_updates,
-               "direct SFT": cfg.warmup_updates + cfg.evolve_updates, "self-evolving": cfg.evolve_updates}
+    arms = {arm: cfg if arm == cfg.method else replace(cfg, **METHODS[arm]) for arm in cfg.arms.split(",")}
+    loops, with_prm = [switches for arm, switches in arms.items() if arm != "sft"], any(map(needs_prm, arms.values()))
+    sweeps = sum(len(range(0, loop.iterations, loop.sweep_every)) for loop in loops if loop.temperature == "adaptive")
+    watched = sum(loop.iterations + 1 for loop in loops) - sweeps + len(GRID) * sweeps
+    sampled = {"warm-up": cfg.warmup_questions * cfg.warmup_rollouts, "PRM": f"{cfg.prm_questions:,} and {cfg.prm_rollouts} from each of their steps" if with_prm else 0,
+               "self-evolving": sum(loop.iterations * loop.queries * loop.rollouts_per_question for loop in loops),
+               "watching": watched * cfg.validation * cfg.monitor_rollouts, "tests": (2 + len(arms)) * (2 * cfg.test + 5 * cfg.testbed)}
+    updates = {"base": cfg.base_caption_updates + cfg.base_updates, "warm-up": cfg.warmup_updates, "PRM": cfg.prm_updates * with_prm,
+               "direct SFT": (cfg.warmup_updates + cfg.evolve_updates) * ("sft" in arms), "self-evolving": cfg.evolve_updates * len(loops)}
     print(f"run       {out}   preset {preset}, method {cfg.method}, seed {cfg.seed}, on {device} ({torch.get_num_threads()} threads)")
     print(f"policy    {parameters:,} parameters")
     print("sets      " + ", ".join(f"{name} {len(questions):,}" for name, questions in world.items()))
-    print(f"responses {sum(sampled.values()):,}: " + ", ".join(f"{name} {n:,}" for name, n in sampled.items()))
-    print(f"updates   {sum(updates.values()):,}: " + ", ".join(f"{name} {n:,}" for name, n in updates.items()) + f" ({cfg.iterations} iterations)")
+    print("responses " + ", ".join(f"{name} {n if isinstance(n, str) else f'{n:,}'}" for name, n in sampled.items()))
+    print(f"updates   {sum(updates.values()):,}: " + ", ".join(f"{name} {n:,}" for name, n in updates.items()) + f" ({', '.join(arms)}; {cfg.iterations} iterations)")
 
 
 def share(part, whole):
-    """"12.3 %", or a dash of nothing."""
-    return f"{100 * part / whole:.1f} %" if whole else "-"
+    """"12.3 %", or a dash where there is nothing to take a share of."""
+    return f"{100 * part / whole:.1f} %" if whole and part is not None else "-"
 
 
 def log(out, metrics):
     """One line on screen and one in metrics.jsonl."""
     with open(out / "metrics.jsonl", "a") as file:
         file.write(json.dumps(metrics) + "\n")
-    trained = f", kept {metrics['kept']:,} of {metrics['responses']:,}, loss {metrics['loss'] or 0:.3f}, {metrics['seconds']:.0f} s" if "kept" in metrics else ""
-    print(f"iteration {metrics['iteration']:>2}: greedy {100 * metrics['greedy_accuracy']:5.1f} %, pass@1 {100 * metrics['pass_at_1']:5.1f} %, "
-          f"pass@{metrics['k']} {100 * metrics['pass_at_k']:5.1f} %, false step in {100 * metrics['false_step']:4.1f} % of right, distinct {metrics['distinct']:.2f}, "
-          f"entropy {metrics['entropy']:.3f}, unparseable {100 * metrics['unparseable']:.1f} %, truncated {100 * metrics['truncated']:.1f} %{trained}", flush=True)
+    trained = (f", kept {metrics['kept']:,} of {metrics['right']:,} right and different, {share(metrics['kept_false_step'], 1)} of them with a false step, "
+               f"loss {metrics['loss'] if metrics['loss'] is None else round(metrics['loss'], 3)}" if "kept" in metrics else "")
+    rewarded = "".join(f", Reward-Pass@{k} {share(metrics[f'reward_pass_at_{k}'], 1)}" for k in (2,) if f"reward_pass_at_{k}" in metrics)
+    print(f"{metrics['arm']} {metrics['iteration']:>2}: T {metrics['temperature']}, greedy {share(metrics['greedy_accuracy'], 1)}, pass@1 {share(metrics['pass_at_1'], 1)}, "
+          f"pass@{metrics['k']} {share(metrics['pass_at_k'], 1)}{rewarded}, false step in {share(metrics['false_step'], 1)} of right, distinct {metrics['distinct']:.2f}, "
+          f"entropy {metrics['entropy']:.3f}, unparseable {share(metrics['unparseable'], 1)}, truncated {share(metrics['truncated'], 1)}{trained}, {metrics['seconds']:.0f} s", flush=True)
+    if sweep := metrics.get("sweep"):
+        low, high = sweep["ci95"]
+        print(f"{metrics['arm']} {metrics['iteration']:>2}: sweep chose T {sweep['chosen']}: {sweep['aim']} {share(sweep['value'], 1)} [{100 * low:.1f}, {100 * high:.1f}]; "
+              f"T {metrics['temperature']} would give {share(sweep['current'], 1)}", flush=True)
 
 
 def write_json(path, content):
@@ -425,15 +535,16 @@ def write_json(path, content):
     part.replace(path)
 
 
-def write_report(out, command, cfg, preset, device, rows, iterations, most_frequent, began):
+def write_report(out, command, cfg, preset, device, rows, iterations, prm_metrics, most_frequent, began):
     """report.json: everything a table or figure is made from."""
     name = {row["name"]: row for row in rows}
+    mine = name[ROWS.get(cfg.method, cfg.method)]
     report = {"command": command, "preset": preset, "method": cfg.method, "seed": cfg.seed,
               "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
               "device": torch.cuda.get_device_name() if device == "cuda" else f"{device}, {platform.machine()}, {torch.get_num_threads()} threads",
-              "seconds": round(time.time() - began, 1), "config": asdict(cfg), "rows": rows, "iterations": iterations,
-              "controls": {"most_frequent_answer": most_frequent}, "gain_over_warmup": paired_gain(name[cfg.method], name["+ warm-up"]),
-              "gain_over_direct_sft": paired_gain(name[cfg.method], name["SFT (direct answers)"])}
+              "seconds": round(time.time() - began, 1), "config": asdict(cfg), "rows": rows, "iterations": iterations, "prm": prm_metrics,
+              "controls": {"most_frequent_answer": most_frequent}, "gain_over_warmup": paired_gain(mine, name["+ warm-up"]),
+              "gain_over": {row["name"]: paired_gain(mine, row) for row in rows if row is not mine}}
     write_json(out / "report.json", report)
     return report
 

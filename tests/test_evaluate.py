@@ -1,6 +1,6 @@
 """Grades and statistics, against counting by hand."""
 import random
-from itertools import combinations
+from itertools import combinations, permutations
 from math import isclose
 
 import numpy as np
@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from data import write_reasoning
-from evaluate import bootstrap_interval, evaluate_policy, format_table, grade, grade_greedily, most_frequent_answer, paired_gain, pass_at_k
+from evaluate import auc, balanced_accuracy, bootstrap_interval, evaluate_policy, format_table, grade, grade_greedily, most_frequent_answer, paired_gain, pass_at_k, reward_pass_at_k
 
 
 def test_grader_takes_every_true_answer_and_no_other(world):
@@ -100,3 +100,26 @@ def test_shuffled_images_come_from_other_questions(policy, world, tokenizer, mon
     evaluate_policy("any", policy, world, tokenizer, 5)
     shuffled, own = seen[-60:], [question.id for question in world["test"]]
     assert sorted(shuffled) == sorted(own) and all(a != b for a, b in zip(shuffled, own))
+
+
+def test_reward_pass_at_k_against_every_order():
+    """Equal scores: the value is the share of all orders in which a right response is among the first k."""
+    rng = random.Random(0)
+    for _ in range(40):
+        right, scores = [rng.random() < 0.4 for _ in range(5)], [rng.choice([1, 2, 3]) for _ in range(5)]
+        for k in range(1, 6):
+            orders = [p for p in permutations(range(5)) if all(scores[a] >= scores[b] for a, b in zip(p, p[1:]))]
+            share = np.mean([any(right[i] for i in p[:k]) for p in orders])
+            assert abs(reward_pass_at_k(right, scores, k) - share) < 1e-12
+            assert reward_pass_at_k(right, right, k) == float(any(right))                            # scores that are correctness: pass@n
+            every = np.mean([reward_pass_at_k(right, list(p), k) for p in permutations(range(5))])   # scores by chance: pass@k
+            assert abs(every - pass_at_k(5, sum(right), k)) < 1e-12
+
+
+def test_auc_and_balanced_accuracy_against_counting_pairs():
+    rng = random.Random(1)
+    for _ in range(50):
+        good, scores = [rng.random() < 0.5 for _ in range(12)], [rng.randint(0, 4) for _ in range(12)]
+        pairs = [(a > b) + 0.5 * (a == b) for g, a in zip(good, scores) for h, b in zip(good, scores) if g and not h]
+        assert auc(good, scores) == (pytest.approx(np.mean(pairs)) if pairs else None)
+    assert balanced_accuracy([1, 1, 1, 0], [1, 1, 0, 0]) == pytest.approx((2 / 3 + 1) / 2) and balanced_accuracy([1, 1], [1, 0]) is None

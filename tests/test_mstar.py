@@ -2,13 +2,16 @@
 import json
 import random
 
+import numpy as np
 import pytest
 import torch
 
 import mstar
 from data import Tokenizer, oracle
+from evaluate import grade
 from model import Example, batches, collate, new_optimizers
 from mstar import Config, keep_right, parse
+from prm import RewardModel
 
 TINY = ["--preset", "test"]
 
@@ -48,7 +51,7 @@ def test_keep_right_keeps_right_different_ones(world):
     texts = [[f"answer: {a}", f"answer: {a}", f"answer: 0{a}", "answer: 0", "hm"], ["answer: 0"] * 5, [f"1 + 1 = 2\nanswer: {c}"] * 5]
     kept, counts = keep_right(questions, texts)
     assert kept == [(0, f"answer: {a}"), (0, f"answer: 0{a}"), (2, f"1 + 1 = 2\nanswer: {c}")]
-    assert counts == {"responses": 15, "right": 8, "wrong": 6, "unparseable": 1}
+    assert counts == {"responses": 15, "right": 8, "wrong": 6, "unparseable": 1, "none_right": 1, "all_right": 1}
 
 
 def test_arithmetic_is_true():
@@ -68,11 +71,11 @@ def test_question_stream_asks_all_before_any_again():
 
 def evolve(world, tokenizer, tmp_path, monkeypatch, *flags):
     """self_evolve on the test preset with known right responses; returns what each call of train saw."""
-    cfg, _ = parse([*TINY, "--validation", "2", "--labeled", "8", "--passes", "1", "--interval", "0.25", *flags])
+    cfg, _ = parse([*TINY, "--validation", "2", "--labeled", "8", "--passes", "1", "--method", "continuous", "--interval", "0.25", *flags])
     torch.manual_seed(0)
     warm, calls = mstar.new_policy(cfg, tokenizer), []
     small = {"labeled": world["labeled"][:8], "validation": world["validation"][:2]}
-    monkeypatch.setattr(mstar, "monitor", lambda *a, **k: {"iteration": 0, "greedy_accuracy": 0, "pass_at_1": 0, "pass_at_k": 0, "k": 4, "false_step": 0,
+    monkeypatch.setattr(mstar, "monitor", lambda *a, **k: {"temperature": 1.0, "greedy_accuracy": 0, "pass_at_1": 0, "pass_at_k": 0, "k": 4, "false_step": 0,
                                                            "distinct": 0, "entropy": 0, "unparseable": 0, "truncated": 0})
     right = {question.text: f"answer: {question.answer}" for question in small["labeled"]}
     monkeypatch.setattr(mstar, "sample_texts", lambda policy, prompts, tok, n, *rest: ([[right[tok.decode(p.ids)]] * n for p in prompts], None))
@@ -88,7 +91,7 @@ def evolve(world, tokenizer, tmp_path, monkeypatch, *flags):
 
     monkeypatch.setattr(mstar, "train", spy)
     before = {name: tensor.clone() for name, tensor in warm.state_dict().items()}
-    mstar.self_evolve(cfg, warm, small, tokenizer, tmp_path)
+    mstar.self_evolve(cfg, cfg.method, warm, None, small, tokenizer, tmp_path)
     assert all(torch.equal(before[name], tensor) for name, tensor in warm.state_dict().items())     # pi_0 is used again by others
     return warm, calls
 
@@ -120,13 +123,65 @@ def test_methods_are_equal_when_there_is_one_iteration(world, tokenizer, tmp_pat
 
 
 def test_an_iteration_without_right_responses_goes_on(world, tokenizer, tmp_path, capsys):
-    cfg, _ = parse([*TINY, "--passes", "0.5"])
+    cfg, _ = parse([*TINY, "--method", "mstar", "--passes", "0.5"])
     torch.manual_seed(0)
     policy = mstar.new_policy(cfg, tokenizer)
-    mstar.self_evolve(cfg, policy, {"labeled": world["labeled"][:40], "validation": world["validation"][:5]}, tokenizer, tmp_path)
+    prm = RewardModel(policy.config)
+    mstar.self_evolve(cfg, "mstar", policy, prm, {"labeled": world["labeled"][:40], "validation": world["validation"][:5]}, tokenizer, tmp_path)
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    assert len(lines) == 3 and lines[1]["kept"] == 0 and lines[1]["updates"] == 0 and lines[1]["loss"] is None
+    assert len(lines) == 3 and lines[1]["kept"] == 0 and lines[1]["updates"] == 0 and lines[1]["loss"] is None and lines[1]["none_right"] == 10
     assert "nothing to train on" in capsys.readouterr().out
+
+
+def test_selection_trains_on_the_highest_rewards_only(world, tokenizer, tmp_path, monkeypatch):
+    """Eight right responses per question, whose reward is known: top-2 trains on the two best and asks the PRM about no wrong one."""
+    cfg, _ = parse([*TINY, "--method", "prm", "--labeled", "8", "--passes", "0.5", "--interval", "0.5", "--keep_top", "2"])
+    questions, seen = world["labeled"][:8], []
+    answer = {question.text: question.answer for question in questions}
+
+    def texts(policy, prompts, tok, n, *rest, **more):
+        return [[f"{i} + 1 = {i + 1}\nanswer: {answer[tok.decode(p.ids)] if i < 5 else 0}" for i in range(8)] for p in prompts], None
+
+    def rewards(prm, prompts, kept, tok):
+        assert all(grade(text, questions_of[-1][i].answer) == "right" for i, text in kept)
+        return [float(text[0]) for _, text in kept]
+
+    questions_of, real = [], mstar.keep_right
+    monkeypatch.setattr(mstar, "keep_right", lambda qs, t: questions_of.append(qs) or real(qs, t))
+    monkeypatch.setattr(mstar, "monitor", lambda *a: {"temperature": 1.0, "greedy_accuracy": 0, "pass_at_1": 0, "pass_at_k": 0, "k": 4, "false_step": 0,
+                                                      "distinct": 0, "entropy": 0, "unparseable": 0, "truncated": 0})
+    monkeypatch.setattr(mstar, "sample_texts", texts)
+    monkeypatch.setattr(mstar, "response_rewards", rewards)
+    monkeypatch.setattr(mstar, "train", lambda policy, o, s, examples, *rest: seen.append([tokenizer.decode(e.response)[0] for e in examples]) or 0.0)
+    torch.manual_seed(0)
+    _, metrics = mstar.self_evolve(cfg, "prm", mstar.new_policy(cfg, tokenizer), None, {"labeled": questions, "validation": []}, tokenizer, tmp_path)
+    assert seen == [["3", "4"] * 4] and metrics[1]["right"] == 20 and metrics[1]["kept"] == 8 and metrics[1]["none_right"] == metrics[1]["all_right"] == 0
+
+
+def test_a_sweep_equals_a_run_at_each_temperature(policy, world, tokenizer, monkeypatch):
+    monkeypatch.setattr(mstar, "grade", lambda text, gold: "right" if len(text) % 3 == 0 else "wrong")       # a random policy is never right
+    cfg, _ = parse([*TINY, "--image_size", "64", "--patch_size", "8", "--monitor_rollouts", "3", "--max_new_tokens", "12"])
+    torch.manual_seed(3)
+    prm = RewardModel(policy.config)
+    torch.nn.init.normal_(prm.head.weight)
+    small = {"validation": world["validation"][:6]}
+    swept = mstar.monitor(cfg, policy, prm, small, tokenizer, 0, 0.7, True)
+    assert list(swept["sweep"]["surface"]) == [str(t) for t in mstar.GRID] and len(mstar.GRID) == 14 and mstar.GRID[-1] == 1.6
+    assert len({tuple(values.values()) for values in swept["sweep"]["surface"].values()}) > 3
+    for t in (0.3, 0.7, 1.6):
+        alone = mstar.monitor(cfg, policy, prm, small, tokenizer, 0, t, False)
+        assert swept["sweep"]["surface"][str(t)] == {name: alone[name] for name in swept["sweep"]["surface"][str(t)]}
+        if t == 0.7:
+            assert alone == {name: pytest.approx(value) for name, value in swept.items() if name != "sweep"}
+
+
+def test_the_best_temperature_wins_and_a_tie_keeps_the_current_one():
+    values = {t: np.array(v, float) for t, v in {0.3: [1, 0, 0], 0.7: [1, 1, 0], 1.0: [0, 1, 1], 1.3: [0, 0, 0]}.items()}
+    assert mstar.choose_temperature(values, 1.0)["chosen"] == 1.0 and mstar.choose_temperature(values, 0.7)["chosen"] == 0.7
+    assert mstar.choose_temperature(values, 0.3)["chosen"] == 0.7 and mstar.choose_temperature(values, 1.3)["chosen"] == 1.0
+    values[1.3] = np.ones(3)
+    chosen = mstar.choose_temperature(values, 1.0)
+    assert chosen["chosen"] == 1.3 and chosen["value"] == 1 and chosen["current"] == pytest.approx(2 / 3)
 
 
 # ---------------------------------------------------------------- the whole run
@@ -134,16 +189,26 @@ def test_an_iteration_without_right_responses_goes_on(world, tokenizer, tmp_path
 @pytest.fixture(scope="module")
 def two_runs(tmp_path_factory):
     folders = [tmp_path_factory.mktemp("runs") / name for name in "ab"]
-    return folders, [mstar.main([*TINY, "--out", str(folder)]) for folder in folders]
+    return folders, [mstar.main([*TINY, "--method", "mstar", "--arms", "sft,continuous,prm,mstar", "--out", str(folder)]) for folder in folders]
 
 
 def test_a_run_writes_its_files(two_runs):
     folders, (report, _) = two_runs
-    assert sorted(path.name for path in folders[0].iterdir()) == ["config.json", "metrics.jsonl", "policy.json", "policy.safetensors", "report.json"]
+    assert sorted(path.name for path in folders[0].iterdir()) == [
+        "config.json", "labels.json", "metrics.jsonl", "policy.json", "policy.safetensors", "prm.json", "prm.safetensors", "report.json",
+        "warmup.json", "warmup.safetensors"]
     assert json.loads((folders[0] / "report.json").read_text()) == report
-    assert [row["name"] for row in report["rows"]] == ["base", "+ warm-up", "SFT (direct answers)", "continuous"]
+    assert [row["name"] for row in report["rows"]] == ["base", "+ warm-up", "SFT (direct answers)", "continuous", "+ PRM re-rank", "M-STaR"]
     assert {"command", "preset", "method", "seed", "versions", "device", "seconds", "config", "rows", "iterations"} <= report.keys()
-    assert [line["iteration"] for line in report["iterations"]] == [0, 1, 2]
+    assert [line["iteration"] for line in report["iterations"]] == [0, 1, 2] * 3
+
+
+def test_arms_get_equal_responses_and_updates_and_their_own_switches(two_runs):
+    report = two_runs[1][0]
+    arms = {arm: [line for line in report["iterations"] if line["arm"] == arm] for arm in ("continuous", "prm", "mstar")}
+    for name in ("responses", "queries", "iteration"):
+        assert len({tuple(line.get(name) for line in lines) for lines in arms.values()}) == 1
+    assert "sweep" in arms["mstar"][0] and not any("sweep" in line for arm in ("continuous", "prm") for line in arms[arm])
 
 
 def test_same_seed_same_rows_and_bytes(two_runs):
@@ -154,8 +219,11 @@ def test_same_seed_same_rows_and_bytes(two_runs):
 
 def test_a_finished_run_can_be_scored_again(two_runs, capsys):
     import evaluate
+    import prm
     evaluate.main([str(two_runs[0][0])])
     assert "in-domain accuracy" in capsys.readouterr().out.splitlines()[-1]
+    prm.main([str(two_runs[0][0])])
+    assert "AUC" in capsys.readouterr().out.splitlines()[-1] and json.loads((two_runs[0][0] / "audit.json").read_text())["responses"] == 320
 
 
 # ---------------------------------------------------------------- bad input
@@ -164,7 +232,8 @@ def test_a_finished_run_can_be_scored_again(two_runs, capsys):
     (["--interval", "0"], "--interval"), (["--interval", "1.5"], "--interval"), (["--temperature", "-1"], "--temperature"), (["--temperature", "nan"], "--temperature"),
     (["--preset", "huge"], "huge"), (["--method", "magic"], "magic"), (["--nonsense", "1"], "--nonsense"), (["--batch_size", "0"], "--batch_size"),
     (["--evolve_lr", "-0.1"], "--evolve_lr"), (["--seed", "x"], "--seed"), (["--image_size", "100"], "--image_size"), (["--device", "abacus"], "--device"),
-    (["--temp", "1"], "--temp"), (["--vision_width", "20"], "--vision_width"), (["--kv_heads", "0"], "--kv_heads")])
+    (["--temp", "1"], "--temp"), (["--temperature", "warm"], "--temperature"), (["--arms", "prm"], "--arms"), (["--arms", "mstar,magic"], "magic"),
+    (["--keep_top", "0"], "--keep_top"), (["--select", "best"], "--select"), (["--adapt_by", "luck"], "--adapt_by"), (["--vision_width", "20"], "--vision_width"), (["--kv_heads", "0"], "--kv_heads")])
 def test_wrong_use_exits_2_with_one_line_and_writes_nothing(flags, named, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as stop:

@@ -1,0 +1,286 @@
+"""
+prm.py: the process reward model: how promising is each step of a response, and which right responses are worth training on.
+
+Paper (arXiv 2412.17451v3): the reward R = H(1(a == a*) R_p), R_p = min over steps of f(step), and Top-K (section on the reward
+    model); step labels from Monte-Carlo rollouts (Math-Shepherd, arXiv 2312.08935); weighted voting (section on prompts).
+Read:     label_steps -> train_prm -> score -> rerank, weighted_vote -> audit   (top-down: in the order a run uses them)
+Departs:  one response is labeled per question, instead of several on fewer questions. Rollouts per step, loss and learning
+          rate are not published: ours are in mstar.Config.
+Run:      python prm.py runs/NAME      (audit the PRM of a run: labels and scores against the oracle, verifier against re-ranker)
+
+A step is one line of a response; it ends with its line break, the last one with the end token.
+"""
+import argparse
+import json
+import random
+import sys
+from collections import defaultdict
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from data import Tokenizer, build_world, oracle
+from evaluate import auc, balanced_accuracy, find_answer, grade, grade_greedily, make_prompts, sample_texts
+from model import Policy, batches, fit, load_policy, new_optimizers
+
+
+# ---------------------------------------------------------------- step labels
+
+class StepLabels(NamedTuple):
+    """A response to a question and, for each of its steps, how many of the rollouts from there were right."""
+    question: int        # index in the list of questions that were labeled
+    tokens: list
+    ends: list           # index in `tokens` of the last token of each step
+    right: list          # 0 .. rollouts, one per step
+    rollouts: int
+
+
+def step_ends(tokens, tokenizer):
+    """Where steps end in a response's tokens: its line breaks and its last token (the end token, or where it was cut off)."""
+    line_break = tokenizer.ids["\n"]
+    return [i for i, token in enumerate(tokens) if token == line_break or i == len(tokens) - 1]
+
+
+def label_steps(policy, questions, tokenizer, rollouts, max_new_tokens, seed):
+    """Monte-Carlo step labels: sample one response per question at temperature 1, right or wrong; complete every prefix that
+    ends at a step `rollouts` times; count the right completions. The last step needs no rollout: its answer is there.
+    Returns a list of StepLabels. All prefixes of a question share its prefill, and each prefix is computed once."""
+    prompts = make_prompts(questions, tokenizer, policy.config.image_size)
+    texts, responses = sample_texts(policy, prompts, tokenizer, 1, 1.0, max_new_tokens, seed, "step labels: responses")
+    tokens = [group[0].tokens for group in responses]
+    ends = [step_ends(t, tokenizer) for t in tokens]
+    prefixes = [[t[:end + 1] for end in e[:-1]] for t, e in zip(tokens, ends)]
+    print(f"PRM       {len(questions):,} responses to label, {sum(map(len, ends)):,} steps, {rollouts * sum(map(len, prefixes)):,} rollouts", flush=True)
+    completed, _ = sample_texts(policy, prompts, tokenizer, rollouts, 1.0, max_new_tokens, seed + 1, "step labels: rollouts", prefixes=prefixes)
+    labels = []
+    for i, question in enumerate(questions):
+        right = [grade(text, question.answer) == "right" for text in completed[i]]
+        right = [sum(right[j:j + rollouts]) for j in range(0, len(right), rollouts)]
+        right.append(rollouts * (grade(texts[i][0], question.answer) == "right"))
+        labels.append(StepLabels(i, tokens[i], ends[i], right, rollouts))
+    return labels
+
+
+def estimate(label, how):
+    """Targets of a response's steps: "soft" the share of rollouts that were right, "hard" 1 if any was (Math-Shepherd)."""
+    return [right / label.rollouts if how == "soft" else float(right > 0) for right in label.right]
+
+
+# ---------------------------------------------------------------- the model
+
+class RewardModel(nn.Module):
+    """f: the policy's network with one scalar head. Its sigmoid, read at the last token of a step, is the step's score."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config, self.policy, self.head = config, Policy(config), nn.Linear(config.width, 1)
+        nn.init.zeros_(self.head.weight)
+        nn.init.zeros_(self.head.bias)
+
+    @property
+    def device(self):
+        """Where the weights are."""
+        return self.policy.device
+
+    def precision(self):
+        """As of the policy."""
+        return self.policy.precision()
+
+    def forward(self, images, ids):
+        """images (B, size, size, 3), ids (B, T) of prompt and response -> (B, T) fp32 logits, trained at step ends only."""
+        return self.head(self.policy.hidden(images, ids)).float()[..., 0]
+
+    def loss(self, images, ids, targets):
+        """Binary cross-entropy at step ends: targets (B, T) in [0, 1], or -1 where nothing is to be learned."""
+        learned = targets >= 0
+        return F.binary_cross_entropy_with_logits(self(images, ids)[learned], targets[learned])
+
+
+class LabeledExample(NamedTuple):
+    """A training example of the PRM: prompt and response like model.Example, and a target at the end of each step."""
+    image: torch.Tensor
+    prompt: list
+    response: list
+    ends: list
+    targets: list
+
+
+def collate_labels(examples):
+    """Tensors of a batch: images, ids (B, T), targets (B, T): a step's target at its last token, -1 everywhere else."""
+    ids = nn.utils.rnn.pad_sequence([torch.tensor(e.prompt + e.response) for e in examples], batch_first=True)
+    targets = torch.full(ids.shape, -1.0)
+    for row, e in enumerate(examples):
+        targets[row, [len(e.prompt) + end for end in e.ends]] = torch.tensor(e.targets)
+    return torch.stack([e.image for e in examples]), ids, targets
+
+
+def train_prm(policy, questions, labels, tokenizer, how, updates, lr, lr_warmup_updates, batch_size, seed):
+    """Train the PRM, from the policy's weights; the labels of the last tenth of the questions are held out. Returns
+    (RewardModel, metrics on the held-out steps: a step counts as good if more than half of its rollouts were right)."""
+    prm = RewardModel(policy.config).to(policy.device)
+    prm.policy.load_state_dict(policy.state_dict())
+    held_out = len(labels) - max(1, len(labels) // 10)
+    prompts = make_prompts(questions, tokenizer, policy.config.image_size)
+    examples = [LabeledExample(*prompts[label.question], label.tokens, label.ends, estimate(label, how)) for label in labels[:held_out]]
+    if len({target > 0.5 for e in examples for target in e.targets}) < 2:
+        print("PRM       all step labels are alike: nothing to tell apart, the scores will be of no use for ranking")
+    optimizers, schedules = new_optimizers(prm, lr, lr_warmup_updates, decay_over=updates)
+    loss = fit(prm, optimizers, schedules, batches(examples, batch_size, random.Random(seed), collate_labels), updates, "PRM")
+    scores = score(prm, [prompts[label.question] for label in labels[held_out:]], [[label.tokens] for label in labels[held_out:]], tokenizer)
+    good = np.array([right > label.rollouts / 2 for label in labels[held_out:] for right in label.right])
+    given = np.array([s for group in scores for s in group[0]])
+    metrics = {"steps": len(good), "good": float(good.mean()), "auc": auc(good, given), "balanced_accuracy": balanced_accuracy(good, given > 0.5), "loss": loss}
+    return prm, metrics
+
+
+@torch.inference_mode()
+def score(prm, prompts, responses, tokenizer, rows=128):
+    """Scores of every step: prompts (Q), responses [Q][L] of token lists -> [Q][L] of lists of floats in (0, 1), one per step.
+    Equal responses to a question are computed once. R_p of a response is the `min` of its list (the paper's equation for R_p)."""
+    distinct = sorted({(q, tuple(tokens)) for q, group in enumerate(responses) for tokens in group}, key=lambda item: len(item[1]) + len(prompts[item[0]].ids))
+    scores = {}
+    for start in range(0, len(distinct), rows):
+        items = distinct[start:start + rows]
+        images, ids, where = collate_labels([LabeledExample(*prompts[q], list(tokens), ends := step_ends(tokens, tokenizer), [1.0] * len(ends)) for q, tokens in items])
+        with prm.precision():
+            given = prm(images.to(prm.device), ids.to(prm.device)).sigmoid().cpu()
+        scores |= {item: given[row][where[row] >= 0].tolist() for row, item in enumerate(items)}
+    return [[scores[q, tuple(tokens)] for tokens in group] for q, group in enumerate(responses)]
+
+
+# ---------------------------------------------------------------- selection
+
+def rerank(kept, rewards, select, keep_top, threshold, seed):
+    """The paper's H: which right responses are trained on. kept: [(question index, text)], right and different ones;
+    rewards: R_p of each. `select`: "all", "top" (the keep_top of each question with the largest R_p), "threshold" (R_p above
+    it), "random" (keep_top of each question by chance). Neither the order of `kept` nor ties leave anything to chance: equal
+    rewards are ordered by text. Returns a sorted list."""
+    groups = defaultdict(list)
+    for (question, text), reward in sorted(zip(kept, rewards)):
+        groups[question].append((-reward, text))
+    rng, chosen = random.Random(seed), []
+    for question, group in groups.items():
+        picked = {"all": group, "top": sorted(group)[:keep_top], "threshold": [g for g in group if -g[0] > threshold],
+                  "random": rng.sample(group, min(keep_top, len(group)))}[select]
+        chosen += [(question, text) for _, text in picked]
+    return sorted(chosen)
+
+
+def weighted_vote(answers, weights):
+    """The answer with the largest sum of weights (the paper's pseudo answer); None stands for "no answer found" and has no
+    vote; None if nobody votes. With equal weights: majority voting. A tie goes to the smaller answer."""
+    sums = defaultdict(float)
+    for answer, weight in zip(answers, weights):
+        if answer is not None:
+            sums[answer] += weight
+    return max(sorted(sums), key=lambda answer: sums[answer], default=None)
+
+
+# ---------------------------------------------------------------- audit: what no one can do on real data
+
+def audit(policy, prm, labels, questions, labeled, tokenizer, max_new_tokens, n=16, seed=0):
+    """Hold the PRM against the oracle, on n responses of `policy` (pi_0, which it was made for) per question at temperature 1.
+    labels: the StepLabels it was trained on, of the questions `labeled`. Returns a dict of plain numbers:
+
+    labels, scores: AUC and balanced accuracy (cut at 1/2) of step labels and of PRM scores against two truths of a step:
+        "step", the oracle finds this step true, and "so_far", it finds this and all earlier steps true; also by position.
+    selection: share of right and different responses with a false step: all of them, the Top-1, 2, 4, and 2 by chance.
+    verifier: accuracy at N = 1, 2, 4, 8, 16 of best-of-N by R_p, weighted and majority voting, and best-of-N by the oracle
+        ("all steps true", then a vote), beside greedy: the paper's Figure 2a.
+    length: mean number of steps of the Top-2 and of the other right responses, where there are others: its Figure 2b."""
+    prompts = make_prompts(questions, tokenizer, policy.config.image_size)
+    texts, responses = sample_texts(policy, prompts, tokenizer, n, 1.0, max_new_tokens, seed, "audit: responses")
+    scores = score(prm, prompts, [[response.tokens for response in group] for group in responses], tokenizer)
+    truths = [[oracle(question, text) for text in group] for question, group in zip(questions, texts)]
+    result = {"responses": n * len(questions),
+              "labels": against_truth([[right / label.rollouts for right in label.right] for label in labels],
+                                      [oracle(labeled[label.question], tokenizer.decode(label.tokens)) for label in labels]),
+              "scores": against_truth([steps for group in scores for steps in group], [truth for group in truths for truth in group])}
+    # re-ranking
+    true = {(i, text): all(truth) for i, group in enumerate(texts) for text, truth in zip(group, truths[i])}
+    reward = {(i, text): min(steps) for i, group in enumerate(texts) for text, steps in zip(group, scores[i])}
+    kept = sorted((i, text) for i, text in reward if grade(text, questions[i].answer) == "right")
+    rewards = [reward[item] for item in kept]
+    chosen = {f"top_{k}": rerank(kept, rewards, "top", k, 0, 0) for k in (1, 2, 4)} | {"random_2": rerank(kept, rewards, "random", 2, 0, seed), "all": kept}
+    result["selection"] = {name: {"responses": len(items), "false_step": float(np.mean([not true[item] for item in items])) if items else None}
+                           for name, items in chosen.items()}
+    top = set(chosen["top_2"])
+    crowded = {i for i in range(len(questions)) if sum(j == i for j, _ in kept) > 2}
+    steps = {name: [text.count("\n") + 1 for i, text in kept if i in crowded and ((i, text) in top) == inside] for name, inside in (("top_2", True), ("others", False))}
+    result["length"] = {name: float(np.mean(lengths)) if lengths else None for name, lengths in steps.items()}
+    # verification
+    answers = [[find_answer(text) for text in group] for group in texts]
+    rewards = [[min(steps) for steps in group] for group in scores]
+    perfect = [[float(all(truth)) + 1e-6 for truth in group] for group in truths]
+    result["verifier"] = {"greedy": grade_greedily(policy, questions, tokenizer, max_new_tokens, "audit: greedy").count("right") / len(questions)}
+    for N in (k for k in (1, 2, 4, 8, 16) if k <= n):
+        ways = {"best_of_n": [a[int(np.argmax(r[:N]))] for a, r in zip(answers, rewards)],
+                "weighted_voting": [weighted_vote(a[:N], r[:N]) for a, r in zip(answers, rewards)],
+                "majority_voting": [weighted_vote(a[:N], [1.0] * N) for a in answers],
+                "oracle": [weighted_vote(a[:N], p[:N]) for a, p in zip(answers, perfect)]}
+        result["verifier"][N] = {way: float(np.mean([answer == question.answer for answer, question in zip(given, questions)])) for way, given in ways.items()}
+    return result
+
+
+def against_truth(values, truths):
+    """How well numbers of steps (lists per response) tell true steps from false ones: AUC and balanced accuracy against the
+    oracle's verdict on the step ("step") and on the response up to it ("so_far"), over all steps and by position."""
+    rows = [(j, value, truth[j], all(truth[:j + 1])) for steps, truth in zip(values, truths) for j, value in enumerate(steps)]
+    result = {"steps": len(rows)}
+    for name, column in (("step", 2), ("so_far", 3)):
+        for position in ("all", *range(1, 9)):
+            at = [row for row in rows if position in ("all", row[0] + 1)]
+            good, value = [row[column] for row in at], np.array([row[1] for row in at])
+            result.setdefault(name, {})[position] = {"auc": auc(good, value), "balanced_accuracy": balanced_accuracy(good, value > 0.5),
+                                                     "true": float(np.mean(good)) if good else None}
+    return result
+
+
+def format_audit(result):
+    """The audit as text tables."""
+    lines = ["                      AUC against the oracle (balanced accuracy in %), steps in all and by position"]
+    for key, words in (("labels", "Monte-Carlo labels"), ("scores", "PRM scores")):
+        for truth in ("step", "so_far"):
+            cells = [f"{p}: {v['auc']:.2f} ({100 * v['balanced_accuracy']:.0f})" if v["auc"] is not None else f"{p}: -" for p, v in result[key][truth].items()]
+            lines.append(f"{words}, {truth.replace('_', ' '):<7} " + "  ".join(cells))
+    lines.append("\nright and different responses with a false step")
+    lines += [f"  {name:<9} {100 * v['false_step']:5.1f} % of {v['responses']:,}" for name, v in result["selection"].items() if v["responses"]]
+    ways = ("best_of_n", "weighted_voting", "majority_voting", "oracle")
+    lines.append(f"\naccuracy by N (greedy {100 * result['verifier']['greedy']:.1f})" + "".join(f"{way:>17}" for way in ways))
+    lines += [f"  N = {N:<21}" + "".join(f"{100 * row[way]:17.1f}" for way in ways) for N, row in result["verifier"].items() if N != "greedy"]
+    length = result["length"]
+    if length["others"]:
+        lines.append(f"\nsteps per response: Top-2 {length['top_2']:.2f}, other right ones {length['others']:.2f}")
+    return "\n".join(lines)
+
+
+def main(argv=None):
+    """Command line of this file: audit the PRM of a finished run; writes audit.json into its folder."""
+    parser = argparse.ArgumentParser(description="Audit the process reward model of a run against the oracle.")
+    parser.add_argument("run", metavar="runs/NAME", help="the folder of a run")
+    parser.error = lambda message: parser.exit(2, f"prm.py: {message}; see python prm.py --help\n")
+    folder = Path(parser.parse_args(argv).run)
+    device, tokenizer = "cuda" if torch.cuda.is_available() else "cpu", Tokenizer()
+    try:
+        config = json.loads((folder / "config.json").read_text())
+        policy, vocabulary = load_policy(folder / "warmup.safetensors", device)
+        prm, _ = load_policy(folder / "prm.safetensors", device, RewardModel)
+        labels = [StepLabels(**label) for label in json.loads((folder / "labels.json").read_text())]
+    except (OSError, ValueError, TypeError) as error:
+        parser.exit(2, f"prm.py: {folder}: not the folder of a run with a PRM ({error})\n")
+    if vocabulary != tokenizer.symbols:
+        parser.exit(2, f"prm.py: {folder}/warmup.json: its vocabulary is not this version's; train again with python mstar.py\n")
+    world = build_world(config["splits"], config["world_seed"])
+    result = audit(policy, prm, labels, world["test"], world["labeled"], tokenizer, config["max_new_tokens"])
+    (folder / "audit.json").write_text(json.dumps(result, indent=1))
+    print(format_audit(result))
+    auc_so_far = result["scores"]["so_far"]["all"]["auc"]
+    print(f"PRM scores against 'all steps so far are true': AUC {'-' if auc_so_far is None else round(auc_so_far, 3)}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

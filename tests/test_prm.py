@@ -1,0 +1,157 @@
+"""The process reward model: labels, scores, selection and votes, against counting by hand."""
+import random
+
+import pytest
+import torch
+
+import prm
+from data import Tokenizer, write_reasoning
+from model import load_policy, save_policy
+from prm import LabeledExample, RewardModel, collate_labels, label_steps, rerank, score, step_ends, train_prm, weighted_vote
+
+TOKENIZER = Tokenizer()
+TEXT = "red is 3\n3 + 4 = 7\nanswer: 7"
+
+
+@pytest.fixture
+def reward_model(policy):
+    torch.manual_seed(2)
+    model = RewardModel(policy.config)
+    model.policy.load_state_dict(policy.state_dict())
+    torch.nn.init.normal_(model.head.weight)
+    return model
+
+
+# ---------------------------------------------------------------- labels
+
+def test_steps_end_at_line_breaks_and_at_the_last_token():
+    tokens = TOKENIZER.response(TEXT)
+    assert [TOKENIZER.decode(tokens[:end + 1]) for end in step_ends(tokens, TOKENIZER)] == ["red is 3\n", "red is 3\n3 + 4 = 7\n", TEXT]
+    assert step_ends(tokens, TOKENIZER)[-1] == tokens.index(TOKENIZER.EOS)
+    cut = tokens[:-2]                                              # cut off inside the last step
+    assert step_ends(cut, TOKENIZER)[-1] == len(cut) - 1 and len(step_ends(cut, TOKENIZER)) == 3
+
+
+def test_a_label_sits_at_its_steps_end_and_nowhere_else(prompts):
+    examples = []
+    for prompt, text, targets in ((prompts[0], TEXT, [0.25, 0.5, 1.0]), (prompts[1], "answer: 7", [0.0])):
+        tokens = TOKENIZER.response(text)
+        examples.append(LabeledExample(*prompt, tokens, step_ends(tokens, TOKENIZER), targets))
+    _, ids, targets = collate_labels(examples)
+    for row, example in enumerate(examples):
+        labeled = (targets[row] >= 0).nonzero()[:, 0].tolist()
+        assert targets[row, labeled].tolist() == example.targets
+        read = [TOKENIZER.decode(ids[row, len(example.prompt):at + 1]) for at in labeled]
+        assert read == ["red is 3\n", "red is 3\n3 + 4 = 7\n", TEXT][:len(read)] if row == 0 else read == ["answer: 7"]
+
+
+def test_labels_count_the_right_completions(policy, world, monkeypatch):
+    """A sampler with known completions: of the 3 rollouts from step j of question i, (i + j) % 4 are right."""
+    questions = world["test"][:4]
+
+    def fake(policy, prompts, tokenizer, L, temperature, T, seed, title, prefixes=None):
+        if prefixes is None:
+            texts = [[write_reasoning(q, random.Random(0)) if i else "1 + 1 = 2\nanswer: 0"] for i, q in enumerate(questions)]
+        else:
+            texts = [[f"answer: {q.answer if r < (i + j) % 4 else 0}" for j, _ in enumerate(prefixes[i]) for r in range(L)] for i, q in enumerate(questions)]
+        return texts, [[type("R", (), {"tokens": tokenizer.response(text)}) for text in group] for group in texts]
+
+    monkeypatch.setattr(prm, "sample_texts", fake)
+    labels = label_steps(policy, questions, TOKENIZER, 3, 72, 0)
+    for i, label in enumerate(labels):
+        assert label.question == i and len(label.right) == len(label.ends) == TOKENIZER.decode(label.tokens).count("\n") + 1
+        assert label.right == [(i + j) % 4 for j in range(len(label.ends) - 1)] + [3 if i else 0]      # the last step: its own answer
+    assert prm.estimate(labels[1]._replace(right=[0, 1, 3]), "soft") == [0, 1 / 3, 1]
+    assert prm.estimate(labels[1]._replace(right=[0, 1, 3]), "hard") == [0, 1, 1]
+
+
+# ---------------------------------------------------------------- the model
+
+def test_scores_are_read_at_step_ends_whatever_the_batch(reward_model, prompts):
+    texts = [[TEXT, "answer: 7", TEXT], ["1 + 1 = 2\nanswer: 2"]]
+    responses = [[TOKENIZER.response(text) for text in group] for group in texts]
+    for rows in (1, 3, 100):
+        got = score(reward_model, prompts[:2], responses, TOKENIZER, rows=rows)
+        for q, group in enumerate(responses):
+            for tokens, steps in zip(group, got[q]):
+                logits = reward_model(prompts[q].image[None], torch.tensor([prompts[q].ids + tokens]))[0, len(prompts[q].ids):]
+                torch.testing.assert_close(torch.tensor(steps), logits[step_ends(tokens, TOKENIZER)].sigmoid(), rtol=1e-4, atol=1e-5)
+
+
+def test_training_learns_to_tell_steps_apart(policy, world, capsys):
+    questions = world["test"][:40]
+    labels = []
+    for i, question in enumerate(questions):                       # good responses say 3 + 4 = 7, bad ones 3 + 4 = 8
+        tokens = TOKENIZER.response(f"3 + 4 = {7 + i % 2}\nanswer: {7 + i % 2}")
+        labels.append(prm.StepLabels(i, tokens, step_ends(tokens, TOKENIZER), [4 * (1 - i % 2)] * 2, 4))
+    model, metrics = train_prm(policy, questions, labels, TOKENIZER, "soft", 40, 3e-3, 2, 8, 0)
+    assert metrics["auc"] == 1 and metrics["balanced_accuracy"] == 1 and metrics["steps"] == 8
+    before = {name: tensor for name, tensor in policy.state_dict().items()}
+    assert not torch.equal(before["embed.weight"], model.policy.embed.weight)                        # a copy was trained, not the policy
+    assert "alike" not in capsys.readouterr().out
+    one_class = [label._replace(right=[4] * 2) for label in labels]
+    _, metrics = train_prm(policy, questions, one_class, TOKENIZER, "soft", 2, 3e-3, 2, 8, 0)
+    assert metrics["auc"] is None and "alike" in capsys.readouterr().out
+
+
+def test_saved_prm_is_the_same_prm(reward_model, prompts, tmp_path):
+    save_policy(reward_model, tmp_path / "prm.safetensors", TOKENIZER.symbols)
+    loaded, _ = load_policy(tmp_path / "prm.safetensors", kind=RewardModel)
+    responses = [[TOKENIZER.response(TEXT)]]
+    assert score(loaded, prompts[:1], responses, TOKENIZER) == score(reward_model, prompts[:1], responses, TOKENIZER)
+
+
+# ---------------------------------------------------------------- selection
+
+def test_rerank_equals_a_brute_force_sort_in_any_order():
+    rng = random.Random(0)
+    for trial in range(50):
+        items = sorted({(rng.randint(0, 4), f"text {rng.randint(0, 9)}") for _ in range(20)})
+        reward = {item: rng.choice([0.1, 0.5, 0.7, 0.9]) for item in items}                          # many ties
+        shuffled = rng.sample(items, len(items))
+        got = {how: rerank(shuffled, [reward[item] for item in shuffled], how, 2, 0.5, 3) for how in ("all", "top", "threshold", "random")}
+        assert got["all"] == items and got["threshold"] == [item for item in items if reward[item] > 0.5]
+        for question in {q for q, _ in items}:
+            mine = [item for item in items if item[0] == question]
+            best = sorted(mine, key=lambda item: (-reward[item], item[1]))[:2]
+            assert [item for item in got["top"] if item[0] == question] == sorted(best)
+            assert sum(item[0] == question for item in got["random"]) == min(2, len(mine))
+        assert set(got["random"]) <= set(items)
+        again = rng.sample(items, len(items))
+        assert rerank(again, [reward[item] for item in again], "random", 2, 0.5, 3) == got["random"]
+    assert rerank([], [], "top", 2, 0.5, 0) == []
+
+
+def test_weighted_vote():
+    assert weighted_vote([5, 7, 7, None], [0.9, 0.4, 0.4, 5.0]) == 5
+    assert weighted_vote([5, 7, 7, None], [0.7, 0.4, 0.4, 5.0]) == 7
+    assert weighted_vote([5, 7, 7], [1, 1, 1]) == 7 and weighted_vote([7, 5], [1, 1]) == 5
+    assert weighted_vote([None], [1.0]) is None and weighted_vote([], []) is None
+
+
+# ---------------------------------------------------------------- the audit
+
+def test_audit_of_a_perfect_and_of_a_reversed_prm(policy, world, monkeypatch):
+    """Responses and scores made by hand: truth itself as score must give AUC 1 and the oracle's accuracy, its reverse AUC 0."""
+    questions = world["test"][:6]
+    good = [write_reasoning(q, random.Random(1)) for q in questions]
+    lucky = [f"1 + 1 = 3\nanswer: {q.answer}" for q in questions]
+    wrong = [f"1 + 1 = 3\nanswer: {q.answer + 1}" for q in questions]
+    texts = [[w, w, g, l] for g, l, w in zip(good, lucky, wrong)]
+
+    def fake(policy, prompts, tokenizer, *rest, **more):
+        return texts, [[type("R", (), {"tokens": tokenizer.response(text)}) for text in group] for group in texts]
+
+    monkeypatch.setattr(prm, "sample_texts", fake)
+    monkeypatch.setattr(prm, "grade_greedily", lambda *a: ["right"] * 3 + ["wrong"] * 3)
+    for direction in (1, -1):
+        def truth(model, prompts, responses, tokenizer):
+            return [[[0.5 + direction * (0.4 if v else -0.4) for v in prm.oracle(q, tokenizer.decode(tokens))] for tokens in group]
+                    for q, group in zip(questions, responses)]
+        monkeypatch.setattr(prm, "score", truth)
+        result = prm.audit(policy, None, [], questions, questions, TOKENIZER, 72, n=4)
+        assert result["scores"]["step"]["all"]["auc"] == (1 if direction == 1 else 0)
+        assert result["selection"]["all"]["false_step"] == 0.5 and result["selection"]["top_1"]["false_step"] == (0 if direction == 1 else 1)
+        assert result["verifier"][4]["best_of_n"] == (1 if direction == 1 else 0) and result["verifier"][4]["oracle"] == 1
+        assert result["verifier"][2] == {"best_of_n": 0, "weighted_voting": 0, "majority_voting": 0, "oracle": 0} and result["verifier"]["greedy"] == 0.5
+        assert prm.format_audit(result)
