@@ -5,7 +5,6 @@ from math import isclose
 
 import numpy as np
 import pytest
-import torch
 
 from data import write_reasoning
 from evaluate import auc, balanced_accuracy, bootstrap_interval, evaluate_policy, format_table, grade, grade_greedily, most_frequent_answer, paired_gain, pass_at_k, reward_pass_at_k

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import mstar
-from data import Tokenizer, oracle
+from data import Tokenizer
 from evaluate import grade
 from model import Example, batches, collate, new_optimizers
 from mstar import Config, keep_right, parse
@@ -173,6 +173,23 @@ def test_a_sweep_equals_a_run_at_each_temperature(policy, world, tokenizer, monk
         assert swept["sweep"]["surface"][str(t)] == {name: alone[name] for name in swept["sweep"]["surface"][str(t)]}
         if t == 0.7:
             assert alone == {name: pytest.approx(value) for name, value in swept.items() if name != "sweep"}
+
+
+def test_the_swept_temperature_is_the_next_one_sampled_at(world, tokenizer, tmp_path, monkeypatch):
+    cfg, _ = parse([*TINY, "--method", "mstar", "--labeled", "8", "--passes", "2", "--interval", "0.5", "--sweep_every", "2"])
+    used, chosen = [], iter((0.4, 1.3))
+    monkeypatch.setattr(mstar, "sample_texts", lambda policy, prompts, tok, n, temperature, *rest: (used.append(temperature), ([["hm"] * n for _ in prompts], None))[1])
+    monkeypatch.setattr(mstar, "response_rewards", lambda *a: [])
+    monkeypatch.setattr(mstar, "log", lambda *a: None)
+    monkeypatch.setattr(mstar, "monitor", lambda cfg, policy, prm, world, tok, iteration, temperature, sweep:
+                        {"temperature": temperature} | ({"sweep": {"chosen": next(chosen)}} if sweep else {}))
+    _, metrics = mstar.self_evolve(cfg, "mstar", mstar.new_policy(cfg, tokenizer), None, {"labeled": world["labeled"][:8], "validation": []}, tokenizer, tmp_path)
+    assert used == [0.4, 0.4, 1.3, 1.3] and [m["temperature"] for m in metrics] == [1.0, 0.4, 0.4, 1.3, 1.3]
+
+
+def test_the_reward_of_a_response_is_its_lowest_step(prompts, tokenizer, monkeypatch):
+    monkeypatch.setattr(mstar, "score", lambda prm, prompts, responses, tok: [[[0.9, 0.2, 0.7]], [[0.6]]])
+    assert mstar.response_rewards(None, prompts, [(0, "red is 3\n3 + 4 = 7\nanswer: 7"), (1, "answer: 7")], tokenizer) == [0.2, 0.6]
 
 
 def test_the_best_temperature_wins_and_a_tie_keeps_the_current_one():

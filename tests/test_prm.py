@@ -6,7 +6,8 @@ import torch
 
 import prm
 from data import Tokenizer, write_reasoning
-from model import load_policy, save_policy
+from evaluate import make_prompts
+from model import batches, load_policy, save_policy
 from prm import LabeledExample, RewardModel, collate_labels, label_steps, rerank, score, step_ends, train_prm, weighted_vote
 
 TOKENIZER = Tokenizer()
@@ -78,7 +79,7 @@ def test_scores_are_read_at_step_ends_whatever_the_batch(reward_model, prompts):
                 torch.testing.assert_close(torch.tensor(steps), logits[step_ends(tokens, TOKENIZER)].sigmoid(), rtol=1e-4, atol=1e-5)
 
 
-def test_training_learns_to_tell_steps_apart(policy, world, capsys):
+def test_training_learns_to_tell_steps_apart(policy, world, capsys, monkeypatch):
     questions = world["test"][:40]
     labels = []
     for i, question in enumerate(questions):                       # good responses say 3 + 4 = 7, bad ones 3 + 4 = 8
@@ -89,9 +90,12 @@ def test_training_learns_to_tell_steps_apart(policy, world, capsys):
     before = {name: tensor for name, tensor in policy.state_dict().items()}
     assert not torch.equal(before["embed.weight"], model.policy.embed.weight)                        # a copy was trained, not the policy
     assert "alike" not in capsys.readouterr().out
+    asked = {tuple(make_prompts([question], TOKENIZER, 64)[0].ids) for question in questions[:36]}      # a tenth is held out
+    seen = set()
+    monkeypatch.setattr(prm, "batches", lambda examples, *rest: seen.update(tuple(e.prompt) for e in examples) or batches(examples, *rest))
     one_class = [label._replace(right=[4] * 2) for label in labels]
     _, metrics = train_prm(policy, questions, one_class, TOKENIZER, "soft", 2, 3e-3, 2, 8, 0)
-    assert metrics["auc"] is None and "alike" in capsys.readouterr().out
+    assert metrics["auc"] is None and "alike" in capsys.readouterr().out and seen == asked
 
 
 def test_saved_prm_is_the_same_prm(reward_model, prompts, tmp_path):
