@@ -161,7 +161,7 @@ def main(argv=None):
     base = stage_base(cfg, policy, world, tokenizer)
     warm = stage_warmup(cfg, base, world, tokenizer)
     save_policy(warm, out / "warmup.safetensors", tokenizer.symbols)
-    arms = {arm: cfg if arm == cfg.method else replace(cfg, **METHODS[arm]) for arm in cfg.arms.split(",")}
+    arms = arms_of(cfg)
     prm, prm_metrics = stage_prm(cfg, warm, world, tokenizer, out) if any(needs_prm(arm) for arm in arms.values()) else (None, None)
     rows = [evaluate_policy(name, p, world, tokenizer, cfg.max_new_tokens) for name, p in (("base", base), ("+ warm-up", warm))]
     iterations = []
@@ -465,6 +465,11 @@ def parse(argv):
     return cfg, preset
 
 
+def arms_of(cfg):
+    """{method: Config} of the arms to run: --method with the switches as they are, the others with their own."""
+    return {arm: cfg if arm == cfg.method else replace(cfg, **METHODS[arm]) for arm in cfg.arms.split(",")}
+
+
 def available():
     """Devices of this machine, the best first."""
     return ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available() + ["cpu"]
@@ -491,7 +496,7 @@ def new_folder(cfg, preset):
 def announce(cfg, preset, out, device, policy, world):
     """What is about to happen, before it starts."""
     parameters = sum(p.numel() for p in policy.parameters())
-    arms = {arm: cfg if arm == cfg.method else replace(cfg, **METHODS[arm]) for arm in cfg.arms.split(",")}
+    arms = arms_of(cfg)
     loops, with_prm = [switches for arm, switches in arms.items() if arm != "sft"], any(map(needs_prm, arms.values()))
     sweeps = sum(len(range(0, loop.iterations, loop.sweep_every)) for loop in loops if loop.temperature == "adaptive")
     watched = sum(loop.iterations + 1 for loop in loops) - sweeps + len(GRID) * sweeps
