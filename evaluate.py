@@ -121,6 +121,8 @@ def reward_pass_at_k(right, scores, k):
     """The paper's Reward-Pass@K of one question: is a right response among the k that the reward ranks highest, out of all n
     responses, right or wrong. Where equal scores straddle rank k, each order of them is equally likely, and the value is the
     chance of a right one: no luck of the draw. right: n bools, scores: n numbers -> a float in [0, 1]."""
+    if not 1 <= k <= len(scores):
+        raise ValueError(f"reward_pass_at_k needs 1 <= k <= n, got n={len(scores)}, k={k}")
     edge = sorted(scores, reverse=True)[k - 1]
     above = [r for r, s in zip(right, scores) if s > edge]
     tied = [r for r, s in zip(right, scores) if s == edge]

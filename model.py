@@ -229,7 +229,8 @@ def save_policy(policy, path, symbols):
 
 
 def load_policy(path, device="cpu", kind=Policy):
-    """Read what `save_policy` wrote of a network of class `kind`: (network, vocabulary). ValueError names the file when it is damaged or does not fit."""
+    """Read what `save_policy` wrote of a network of class `kind`: (network, vocabulary). ValueError names the file when it is
+    damaged or does not fit."""
     path = Path(path)
     try:
         description = json.loads(path.with_suffix(".json").read_text())

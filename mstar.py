@@ -33,8 +33,8 @@ import torch
 
 from data import TESTBEDS, Tokenizer, build_world, oracle, write_caption, write_reasoning
 from evaluate import (bootstrap_interval, evaluate_policy, format_table, grade, make_prompts, most_frequent_answer, paired_gain, reward_pass_at_k, sample_texts)
-from prm import label_steps, rerank, score, train_prm
 from model import Example, ModelConfig, Policy, batches, fit, new_optimizers, save_policy
+from prm import label_steps, rerank, score, train_prm
 
 METHODS = {     # the paper's rows, as bundles of switches (its Tables 1 and 4); "sft" is a stage of its own
     "sft": dict(select="all", temperature="1.0"),
@@ -185,10 +185,11 @@ def main(argv=None):
 def stage_base(cfg, policy, world, tokenizer):
     """Train the stand-in for a pretrained LMM, in place: it sees and speaks, but reasons badly when asked alone.
 
-    Diet, all from the base split's pictures: captions (things of its own choice, and things that the prompt asks for by name:
-    without these it read true but wrong things in worked examples), arithmetic facts, `base_worked_with_answer` worked examples with the answer in the prompt (that is how it can explain answers at warm-up)
-    and `base_worked` asked like a test question. Captions first: in one trial of 1,200 updates,
-    a diet mixed from the start read prices at 55 % where captions first read them at 100 %."""
+    Diet, all from the base split's pictures: captions of things of its own choice and of things that the prompt asks for by
+    name (in trials without the latter, pi_0's readings were mostly true, but of the wrong thing); arithmetic facts;
+    `base_worked_with_answer` worked examples with the answer in the prompt (that is how it can explain answers at warm-up)
+    and `base_worked` asked like a test question. Captions first: in one trial of 1,200 updates, a diet mixed from the start
+    read prices at 55 % where captions first read them at 100 %."""
     rng = random.Random(seed_of(cfg, "base"))
     questions, worked = world["base"], cfg.base_worked + cfg.base_worked_with_answer
     prompts = make_prompts(questions, tokenizer, cfg.image_size)
@@ -499,10 +500,11 @@ def announce(cfg, preset, out, device, policy, world):
     arms = arms_of(cfg)
     loops, with_prm = [switches for arm, switches in arms.items() if arm != "sft"], any(map(needs_prm, arms.values()))
     sweeps = sum(len(range(0, loop.iterations, loop.sweep_every)) for loop in loops if loop.temperature == "adaptive")
-    watched = sum(loop.iterations + 1 for loop in loops) - sweeps + len(GRID) * sweeps
+    monitored = sum(loop.iterations + 1 for loop in loops)          # each time one greedy response and monitor_rollouts per temperature
+    watching = monitored + cfg.monitor_rollouts * (monitored - sweeps + len(GRID) * sweeps)
     sampled = {"warm-up": cfg.warmup_questions * cfg.warmup_rollouts, "PRM": f"{cfg.prm_questions:,} and {cfg.prm_rollouts} from each of their steps" if with_prm else 0,
                "self-evolving": sum(loop.iterations * loop.queries * loop.rollouts_per_question for loop in loops),
-               "watching": watched * cfg.validation * cfg.monitor_rollouts, "tests": (2 + len(arms)) * (2 * cfg.test + 5 * cfg.testbed)}
+               "watching": watching * cfg.validation, "tests": (2 + len(arms)) * (2 * cfg.test + 5 * cfg.testbed)}
     updates = {"base": cfg.base_caption_updates + cfg.base_updates, "warm-up": cfg.warmup_updates, "PRM": cfg.prm_updates * with_prm,
                "direct SFT": (cfg.warmup_updates + cfg.evolve_updates) * ("sft" in arms), "self-evolving": cfg.evolve_updates * len(loops)}
     print(f"run       {out}   preset {preset}, method {cfg.method}, seed {cfg.seed}, on {device} ({torch.get_num_threads()} threads)")

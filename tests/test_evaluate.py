@@ -104,6 +104,9 @@ def test_shuffled_images_come_from_other_questions(policy, world, tokenizer, mon
 def test_reward_pass_at_k_against_every_order():
     """Equal scores: the value is the share of all orders in which a right response is among the first k."""
     rng = random.Random(0)
+    for k in (0, 3):
+        with pytest.raises(ValueError, match="reward_pass_at_k"):
+            reward_pass_at_k([True, False], [0.1, 0.2], k)
     for _ in range(40):
         right, scores = [rng.random() < 0.4 for _ in range(5)], [rng.choice([1, 2, 3]) for _ in range(5)]
         for k in range(1, 6):
