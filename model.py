@@ -14,6 +14,7 @@ G key/value heads, D = C / H, V vocabulary, Q questions, L rollouts per question
 import json
 import math
 import time
+from collections import defaultdict
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from itertools import accumulate, pairwise
@@ -133,9 +134,15 @@ class DecoderBlock(nn.Module):
         y = self.norm2(x)
         return x + self.down(F.silu(self.gate(y)) * self.up(y))
 
-    def forward(self, x, cos, sin):                                # full causal pass; also returns keys and values for a cache
+    def forward(self, x, cos, sin, past=None):
+        """Full causal pass over x (B, T, C), after `past` (keys, values) of what stands before it. Also returns the keys and
+        values (B, G, S, D) of both together."""
         q, k, v = self.project(x, cos, sin)
-        attended = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        if past:
+            k, v = torch.cat([past[0], k], dim=2), torch.cat([past[1], v], dim=2)
+        T, S = x.shape[1], k.shape[2]
+        seen = torch.ones(T, S, dtype=torch.bool, device=x.device).tril(S - T)
+        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, enable_gqa=True)
         return self.finish(x, attended), k, v
 
     def decode(self, x, cos, sin, keys, values, column, bias):
@@ -186,33 +193,37 @@ class Policy(nn.Module):
         angle = (positions[..., None] * frequency).repeat(1, 1, 2)[:, None]                                    # (B, 1, T, D)
         return angle.cos(), angle.sin()
 
-    def hidden(self, images, ids, keep_cache=False):
-        """Last hidden states of the text: images (B, size, size, 3) uint8, ids (B, T) -> (B, T, C).
+    def hidden(self, images, ids, owner=None, keep_cache=False):
+        """Last hidden states of the text: images (N, size, size, 3) uint8, ids (B, T), owner (B,) the number of each row's
+        image (without it, every row has its own) -> (B, T, C).
 
-        Rows may be padded on the right: attention is causal, so nothing before the padding sees it.
+        An image is read once, however many rows it has: it stands first and attention is causal, so that its keys and values
+        depend on no text. Rows may be padded on the right: nothing before the padding sees it.
         With `keep_cache` also returns a list of (keys, values), each (B, G, I+T, D), one per layer."""
-        x = torch.cat([self.vision(images), self.embed(ids)], dim=1)                 # (B, I+T, C) image first: every word sees it
-        cos, sin = self.rope(torch.arange(x.shape[1], device=x.device)[None])
-        cache = []
+        owner = torch.arange(len(ids), device=ids.device) if owner is None else owner
+        image, text, cache = self.vision(images), self.embed(ids), []                # (N, I, C), (B, T, C)
+        I, T = image.shape[1], text.shape[1]
+        cos, sin = self.rope(torch.arange(I + T, device=ids.device)[None])           # (1, 1, I+T, D)
         for block in self.blocks:
-            x, k, v = block(x, cos, sin)
+            image, k, v = block(image, cos[:, :, :I], sin[:, :, :I])
+            text, k, v = block(text, cos[:, :, I:], sin[:, :, I:], past=(k[owner], v[owner]))
             if keep_cache:
                 cache.append((k, v))
-        x = self.norm(x)[:, self.image_tokens:]                    # (B, T, C) image tokens predict nothing
-        return (x, cache) if keep_cache else x
+        text = self.norm(text)
+        return (text, cache) if keep_cache else text
 
     def logits(self, hidden):
         """(..., C) hidden states -> (..., V) fp32 logits of the next token. Tied: the embedding read backwards."""
         return F.linear(hidden, self.embed.weight).float()
 
-    def forward(self, images, ids):                                # -> (B, T, V)
-        return self.logits(self.hidden(images, ids))
+    def forward(self, images, ids, owner=None):                    # -> (B, T, V)
+        return self.logits(self.hidden(images, ids, owner))
 
-    def loss(self, images, ids, targets):
+    def loss(self, images, ids, owner, targets):
         """SFT loss, mean over all response tokens of the batch (a mean per row would weigh tokens of long responses less).
         targets (B, T): the token that follows each position, or -1 where nothing is to be learned: prompt and padding."""
         learned = targets >= 0
-        logits = self.logits(self.hidden(images, ids)[learned])    # (number of response tokens, V): no logits for the rest
+        logits = self.logits(self.hidden(images, ids, owner)[learned])             # (number of response tokens, V): no logits for the rest
         return F.cross_entropy(logits, targets[learned])
 
 
@@ -256,9 +267,9 @@ def fit(model, optimizers, schedules, stream, updates, title):
     losses, began, read = [], time.time(), 0
     with tqdm(total=updates, desc=title, unit=" updates", leave=False, mininterval=1) as bar:
         for _ in range(updates):
-            images, ids, targets = (part.to(model.device) for part in next(stream))
+            batch = [part.to(model.device) for part in next(stream)]
             with model.precision():
-                loss = model.loss(images, ids, targets)
+                loss = model.loss(*batch)
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             for optimizer, schedule in zip(optimizers, schedules):
@@ -268,36 +279,54 @@ def fit(model, optimizers, schedules, stream, updates, title):
             losses.append(loss.item())
             if not math.isfinite(losses[-1]):
                 raise FloatingPointError(f"{title}: the loss of update {len(losses)} is not a finite number")
-            read += ids.numel()
+            read += batch[1].numel()
             bar.set_postfix_str(f"loss {losses[-1]:.3f}, {read / (time.time() - began):,.0f} tokens/s", refresh=False)
             bar.update()
     return sum(losses[-100:]) / len(losses[-100:]) if losses else None
 
 
 def collate(examples):
-    """Tensors of a batch: images (B, size, size, 3), ids (B, T) padded on the right, targets (B, T): the token after each
-    position where that is a response token, else -1, so that neither prompt nor padding is learned."""
-    sequences = [torch.tensor(example.prompt + example.response) for example in examples]
-    ids = torch.nn.utils.rnn.pad_sequence(sequences, batch_first=True, padding_value=0)
+    """Tensors of a batch: images (N, size, size, 3), ids (B, T) padded on the right, owner (B,), targets (B, T): the token after
+    each position where that is a response token, else -1, so that neither prompt nor padding is learned."""
+    images, ids, owner = pad_together(examples)
     targets = torch.full_like(ids, -1)
     for row, example in enumerate(examples):
         first, last = len(example.prompt), len(example.prompt) + len(example.response)
         targets[row, first - 1:last - 1] = ids[row, first:last]
-    return torch.stack([example.image for example in examples]), ids[:, :-1], targets[:, :-1]
+    return images, ids[:, :-1], owner, targets[:, :-1]
 
 
-def batches(examples, batch_size, rng, collate=collate):
-    """Endless batches (images, ids, targets), every example once per pass. Examples are sorted by length within windows of
-    two batches: less padding, and a batch still mixes task types. (Sorting longer windows would pad less, but fills a
-    batch with one task type; we did not measure what that costs by itself.)"""
+def pad_together(examples):
+    """The different images of a batch (N, size, size, 3), ids (B, T) of prompts and responses, and whose image is each row's (B,)."""
+    number = {}                                                    # an image, by identity -> its place among the different ones
+    owner = torch.tensor([number.setdefault(id(example.image), len(number)) for example in examples])
+    images = torch.stack([example.image for example in {id(example.image): example for example in examples}.values()])
+    ids = nn.utils.rnn.pad_sequence([torch.tensor(example.prompt + example.response) for example in examples], batch_first=True)
+    return images, ids, owner
+
+
+def batches(examples, batch_size, rng, collate=collate, together=4):
+    """Endless batches of `collate`, every example once per pass. Up to `together` examples of one image are neighbours, so
+    that the image is read once for them; such groups are sorted by length within windows of two batches: less padding, and a
+    batch still mixes task types. (Longer windows would pad less, but fill a batch with one task type; not measured.)"""
+    of_image = defaultdict(list)
+    for i, example in enumerate(examples):
+        of_image[id(example.image)].append(i)
+
+    def length(i):
+        return len(examples[i].prompt) + len(examples[i].response)
+
     while True:
-        order = rng.sample(range(len(examples)), len(examples))
-        groups = []
-        for start in range(0, len(order), 2 * batch_size):
-            window = sorted(order[start:start + 2 * batch_size], key=lambda i: len(examples[i].prompt) + len(examples[i].response))
-            groups += [window[i:i + batch_size] for i in range(0, len(window), batch_size)]
+        groups = [group[i:i + together] for members in of_image.values() for group in [rng.sample(members, len(members))] for i in range(0, len(group), together)]
+        order, window = [], []
         for group in rng.sample(groups, len(groups)):
-            yield collate([examples[i] for i in group])
+            window.append(group)
+            if sum(map(len, window)) >= 2 * batch_size:
+                order += sorted(window, key=lambda group: max(map(length, group)))
+                window = []
+        order = [i for group in order + window for i in group]
+        for start in rng.sample(range(0, len(order), batch_size), math.ceil(len(order) / batch_size)):
+            yield collate([examples[i] for i in order[start:start + batch_size]])
 
 
 def new_optimizers(policy, lr, lr_warmup_updates, muon_lr=0.0, decay_over=0):

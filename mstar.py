@@ -87,8 +87,10 @@ class Config:
     warmup_updates: int = 200
     warmup_lr: float = 5e-4
     # process reward model
-    prm_questions: int = 4000            # labeled questions of which one response each is labeled step by step
+    prm_questions: int = 2000            # labeled questions of which responses are labeled step by step
+    prm_responses: int = 4               # responses per question
     prm_rollouts: int = 4                # completions per step
+    prm_temperature: float = 0.5         # of the completions
     prm_labels: str = "soft"             # a step's label: soft, the share of right completions, or hard, 1 if any is right
     prm_updates: int = 500
     prm_lr: float = 5e-4
@@ -271,7 +273,7 @@ def stage_prm(cfg, warm, world, tokenizer, out):
     """Label steps of pi_0's responses by Monte-Carlo rollouts and train the PRM on them. It is fixed from then on.
     Writes prm.safetensors and labels.json (for the audit). Returns (RewardModel, metrics on held-out questions)."""
     questions = world["labeled"][:cfg.prm_questions]
-    labels = label_steps(warm, questions, tokenizer, cfg.prm_rollouts, cfg.max_new_tokens, seed_of(cfg, "labels"))
+    labels = label_steps(warm, questions, tokenizer, cfg.prm_responses, cfg.prm_rollouts, cfg.prm_temperature, cfg.max_new_tokens, seed_of(cfg, "labels"))
     torch.manual_seed(seed_of(cfg, "prm"))
     prm, metrics = train_prm(warm, questions, labels, tokenizer, cfg.prm_labels, cfg.prm_updates, cfg.prm_lr, cfg.lr_warmup_updates, cfg.batch_size, seed_of(cfg, "prm"))
     save_policy(prm, out / "prm.safetensors", tokenizer.symbols)

@@ -25,7 +25,7 @@ from torch import nn
 
 from data import Tokenizer, build_world, oracle
 from evaluate import auc, balanced_accuracy, find_answer, grade, grade_greedily, make_prompts, sample_texts
-from model import Policy, batches, fit, load_policy, new_optimizers
+from model import Policy, batches, fit, load_policy, new_optimizers, pad_together
 
 
 # ---------------------------------------------------------------- step labels
@@ -45,23 +45,27 @@ def step_ends(tokens, tokenizer):
     return [i for i, token in enumerate(tokens) if token == line_break or i == len(tokens) - 1]
 
 
-def label_steps(policy, questions, tokenizer, rollouts, max_new_tokens, seed):
-    """Monte-Carlo step labels: sample one response per question at temperature 1, right or wrong; complete every prefix that
-    ends at a step `rollouts` times; count the right completions. The last step needs no rollout: its answer is there.
-    Returns a list of StepLabels. All prefixes of a question share its prefill, and each prefix is computed once."""
+def label_steps(policy, questions, tokenizer, responses_per_question, rollouts, temperature, max_new_tokens, seed):
+    """Monte-Carlo step labels: sample responses to each question at temperature 1, right or wrong; complete every prefix that
+    ends at a step `rollouts` times at `temperature`; count the right completions. The last step needs no rollout: its answer is
+    there. Returns a list of StepLabels, one per different response. All prefixes of a question share its prefill, and each
+    prefix is computed once. Rollouts of a question use the same random numbers whatever their prefix: two steps are compared by
+    what they say, not by luck."""
     prompts = make_prompts(questions, tokenizer, policy.config.image_size)
-    texts, responses = sample_texts(policy, prompts, tokenizer, 1, 1.0, max_new_tokens, seed, "step labels: responses")
-    tokens = [group[0].tokens for group in responses]
-    ends = [step_ends(t, tokenizer) for t in tokens]
-    prefixes = [[t[:end + 1] for end in e[:-1]] for t, e in zip(tokens, ends)]
-    print(f"PRM       {len(questions):,} responses to label, {sum(map(len, ends)):,} steps, {rollouts * sum(map(len, prefixes)):,} rollouts", flush=True)
-    completed, _ = sample_texts(policy, prompts, tokenizer, rollouts, 1.0, max_new_tokens, seed + 1, "step labels: rollouts", prefixes=prefixes)
+    _, responses = sample_texts(policy, prompts, tokenizer, responses_per_question, 1.0, max_new_tokens, seed, "step labels: responses")
+    different = [list(dict.fromkeys(tuple(response.tokens) for response in group)) for group in responses]
+    prefixes = [list(dict.fromkeys(tokens[:end + 1] for tokens in group for end in step_ends(tokens, tokenizer)[:-1])) for group in different]
+    print(f"PRM       {sum(map(len, different)):,} different responses to {len(questions):,} questions to label, "
+          f"{sum(map(len, prefixes)):,} prefixes, {rollouts * sum(map(len, prefixes)):,} rollouts", flush=True)
+    completed, _ = sample_texts(policy, prompts, tokenizer, rollouts, temperature, max_new_tokens, seed + 1, "step labels: rollouts", prefixes=prefixes)
     labels = []
     for i, question in enumerate(questions):
         right = [grade(text, question.answer) == "right" for text in completed[i]]
-        right = [sum(right[j:j + rollouts]) for j in range(0, len(right), rollouts)]
-        right.append(rollouts * (grade(texts[i][0], question.answer) == "right"))
-        labels.append(StepLabels(i, tokens[i], ends[i], right, rollouts))
+        of_prefix = {prefix: sum(right[j * rollouts:(j + 1) * rollouts]) for j, prefix in enumerate(prefixes[i])}
+        for tokens in different[i]:
+            ends = step_ends(tokens, tokenizer)
+            last = rollouts * (grade(tokenizer.decode(tokens), question.answer) == "right")
+            labels.append(StepLabels(i, list(tokens), ends, [of_prefix[tokens[:end + 1]] for end in ends[:-1]] + [last], rollouts))
     return labels
 
 
@@ -90,14 +94,14 @@ class RewardModel(nn.Module):
         """As of the policy."""
         return self.policy.precision()
 
-    def forward(self, images, ids):
-        """images (B, size, size, 3), ids (B, T) of prompt and response -> (B, T) fp32 logits, trained at step ends only."""
-        return self.head(self.policy.hidden(images, ids)).float()[..., 0]
+    def forward(self, images, ids, owner=None):
+        """images (N, size, size, 3), ids (B, T) of prompt and response, owner (B,) -> (B, T) fp32 logits, trained at step ends only."""
+        return self.head(self.policy.hidden(images, ids, owner)).float()[..., 0]
 
-    def loss(self, images, ids, targets):
+    def loss(self, images, ids, owner, targets):
         """Binary cross-entropy at step ends: targets (B, T) in [0, 1], or -1 where nothing is to be learned."""
         learned = targets >= 0
-        return F.binary_cross_entropy_with_logits(self(images, ids)[learned], targets[learned])
+        return F.binary_cross_entropy_with_logits(self(images, ids, owner)[learned], targets[learned])
 
 
 class LabeledExample(NamedTuple):
@@ -110,28 +114,29 @@ class LabeledExample(NamedTuple):
 
 
 def collate_labels(examples):
-    """Tensors of a batch: images, ids (B, T), targets (B, T): a step's target at its last token, -1 everywhere else."""
-    ids = nn.utils.rnn.pad_sequence([torch.tensor(e.prompt + e.response) for e in examples], batch_first=True)
+    """Tensors of a batch: images, ids (B, T), owner (B,), targets (B, T): a step's target at its last token, -1 everywhere else."""
+    images, ids, owner = pad_together(examples)
     targets = torch.full(ids.shape, -1.0)
     for row, e in enumerate(examples):
         targets[row, [len(e.prompt) + end for end in e.ends]] = torch.tensor(e.targets)
-    return torch.stack([e.image for e in examples]), ids, targets
+    return images, ids, owner, targets
 
 
 def train_prm(policy, questions, labels, tokenizer, how, updates, lr, lr_warmup_updates, batch_size, seed):
-    """Train the PRM, from the policy's weights; the labels of the last tenth of the questions are held out. Returns
-    (RewardModel, metrics on the held-out steps: a step counts as good if more than half of its rollouts were right)."""
+    """Train the PRM, from the policy's weights; the labels of the last tenth of the questions are held out. Returns (RewardModel,
+    metrics on the held-out steps: a step counts as good if more than half of its rollouts were right)."""
     prm = RewardModel(policy.config).to(policy.device)
     prm.policy.load_state_dict(policy.state_dict())
-    held_out = len(labels) - max(1, len(labels) // 10)
+    first = len(questions) - max(1, len(questions) // 10)
+    held_out, learned = ([label for label in labels if (label.question >= first) == out] for out in (True, False))
     prompts = make_prompts(questions, tokenizer, policy.config.image_size)
-    examples = [LabeledExample(*prompts[label.question], label.tokens, label.ends, estimate(label, how)) for label in labels[:held_out]]
+    examples = [LabeledExample(*prompts[label.question], label.tokens, label.ends, estimate(label, how)) for label in learned]
     if len({target > 0.5 for e in examples for target in e.targets}) < 2:
         print("PRM       all step labels are alike: nothing to tell apart, the scores will be of no use for ranking")
     optimizers, schedules = new_optimizers(prm, lr, lr_warmup_updates, decay_over=updates)
     loss = fit(prm, optimizers, schedules, batches(examples, batch_size, random.Random(seed), collate_labels), updates, "PRM")
-    scores = score(prm, [prompts[label.question] for label in labels[held_out:]], [[label.tokens] for label in labels[held_out:]], tokenizer)
-    good = np.array([right > label.rollouts / 2 for label in labels[held_out:] for right in label.right])
+    scores = score(prm, [prompts[label.question] for label in held_out], [[label.tokens] for label in held_out], tokenizer)
+    good = np.array([right > label.rollouts / 2 for label in held_out for right in label.right])
     given = np.array([s for group in scores for s in group[0]])
     metrics = {"steps": len(good), "good": float(good.mean()), "auc": auc(good, given), "balanced_accuracy": balanced_accuracy(good, given > 0.5), "loss": loss}
     return prm, metrics
@@ -140,14 +145,15 @@ def train_prm(policy, questions, labels, tokenizer, how, updates, lr, lr_warmup_
 @torch.inference_mode()
 def score(prm, prompts, responses, tokenizer, rows=128):
     """Scores of every step: prompts (Q), responses [Q][L] of token lists -> [Q][L] of lists of floats in (0, 1), one per step.
-    Equal responses to a question are computed once. R_p of a response is the `min` of its list (the paper's equation for R_p)."""
-    distinct = sorted({(q, tuple(tokens)) for q, group in enumerate(responses) for tokens in group}, key=lambda item: len(item[1]) + len(prompts[item[0]].ids))
+    Equal responses to a question are computed once, its image once per batch. R_p of a response is the `min` of its list (the paper's equation for R_p)."""
+    longest = [max(map(len, group), default=0) + len(prompt.ids) for group, prompt in zip(responses, prompts)]
+    distinct = sorted({(q, tuple(tokens)) for q, group in enumerate(responses) for tokens in group}, key=lambda item: (longest[item[0]], item))
     scores = {}
     for start in range(0, len(distinct), rows):
         items = distinct[start:start + rows]
-        images, ids, where = collate_labels([LabeledExample(*prompts[q], list(tokens), ends := step_ends(tokens, tokenizer), [1.0] * len(ends)) for q, tokens in items])
+        *inputs, where = collate_labels([LabeledExample(*prompts[q], list(tokens), ends := step_ends(tokens, tokenizer), [1.0] * len(ends)) for q, tokens in items])
         with prm.precision():
-            given = prm(images.to(prm.device), ids.to(prm.device)).sigmoid().cpu()
+            given = prm(*(part.to(prm.device) for part in inputs)).sigmoid().cpu()
         scores |= {item: given[row][where[row] >= 0].tolist() for row, item in enumerate(items)}
     return [[scores[q, tuple(tokens)] for tokens in group] for q, group in enumerate(responses)]
 

@@ -1,4 +1,6 @@
 """The network and its sampler, against slow and obvious references."""
+import math
+import random
 from collections import Counter
 
 import pytest
@@ -7,7 +9,7 @@ import torch.nn.functional as F
 
 import model
 from data import Tokenizer
-from model import ModelConfig, Muon, Policy, Prompt, draw, load_policy, sample, sample_without_cache, save_policy
+from model import Example, ModelConfig, Muon, Policy, Prompt, batches, collate, draw, load_policy, sample, sample_without_cache, save_policy
 
 END = Tokenizer.EOS
 
@@ -23,6 +25,34 @@ def test_batch_equals_rows_one_by_one(policy, prompts):
     for row, prompt in enumerate(prompts):
         alone = policy(prompt.image[None], torch.tensor([prompt.ids]))[0]
         torch.testing.assert_close(together[row, :len(prompt.ids)], alone, rtol=1e-4, atol=1e-4)
+
+
+def test_rows_that_share_an_image_equal_rows_with_one_each(policy, prompts):
+    """Values and gradients: an image read once for several rows, in mixed order, with unequal prompts and padding."""
+    examples = [Example(prompts[q].image, prompts[q].ids, [20 + i] * (3 + 2 * i) + [END]) for i, q in enumerate((2, 0, 2, 1, 0, 2))]
+    images, ids, owner, targets = collate(examples)
+    assert len(images) == 3 and all(torch.equal(images[n], e.image) for n, e in zip(owner, examples))
+    results = []
+    for batch in ((images, ids, owner, targets), (images[owner], ids, torch.arange(6), targets)):
+        policy.zero_grad()
+        loss = policy.loss(*batch)
+        loss.backward()
+        results.append([loss.detach(), *(p.grad.clone() for p in policy.parameters())])
+    for shared, alone in zip(*results):
+        torch.testing.assert_close(shared, alone, rtol=1e-3, atol=1e-5)
+
+
+def test_batches_hold_every_example_once_and_images_together(prompts):
+    examples = [Example(prompts[q].image, prompts[q].ids, [10 * q + r, END]) for q in range(12) for r in range(1 + q % 7)]
+    stream = batches(examples, 8, random.Random(0), lambda batch: batch, together=4)
+    for _ in range(2):                                             # twice around
+        seen, images = [], 0
+        for _ in range(math.ceil(len(examples) / 8)):
+            batch = next(stream)
+            seen += [example.response[0] for example in batch]
+            images += len({id(example.image) for example in batch})
+        assert sorted(seen) == sorted(example.response[0] for example in examples)
+        assert images <= sum(math.ceil((1 + q % 7) / 4) for q in range(12)) + len(examples) / 8      # a group is cut only where a batch ends
 
 
 def test_patches_are_embedded_as_by_the_convolution(policy, prompts):
@@ -88,7 +118,7 @@ def test_only_response_tokens_touch_the_loss(policy, prompts):
         targets[row, n - 1:n + 2] = ids[row, n:n + 3]
     logits = policy(images, ids)
     by_hand = [F.cross_entropy(logits[row, len(p.ids) - 1 + j], ids[row, len(p.ids) + j]) for row, p in enumerate(prompts[:3]) for j in range(3)]
-    torch.testing.assert_close(policy.loss(images, ids, targets), torch.stack(by_hand).mean())
+    torch.testing.assert_close(policy.loss(images, ids, torch.arange(3), targets), torch.stack(by_hand).mean())
 
 
 # ---------------------------------------------------------------- sampler

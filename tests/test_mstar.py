@@ -9,7 +9,7 @@ import torch
 import mstar
 from data import Tokenizer
 from evaluate import grade
-from model import Example, batches, collate, new_optimizers
+from model import Example, collate, new_optimizers
 from mstar import Config, keep_right, parse
 from prm import RewardModel
 
@@ -19,21 +19,10 @@ TINY = ["--preset", "test"]
 def test_targets_are_the_response_and_nothing_else():
     image = torch.zeros(64, 64, 3, dtype=torch.uint8)
     examples = [Example(image, [1, 50, 2], [60, 61, 3]), Example(image, [1, 50, 51, 52, 2], [70, 3])]
-    images, ids, targets = collate(examples)
+    images, ids, owner, targets = collate(examples)
     assert ids.tolist() == [[1, 50, 2, 60, 61, 3], [1, 50, 51, 52, 2, 70]]
     assert targets.tolist() == [[-1, -1, 60, 61, 3, -1], [-1, -1, -1, -1, 70, 3]]
-
-
-def test_batches_take_every_example_once_per_pass():
-    image, rng = torch.zeros(1, 1, 3, dtype=torch.uint8), random.Random(0)
-    examples = [Example(image, [1] * rng.randint(1, 9), [10 + i]) for i in range(50)]
-    stream = batches(examples, 8, random.Random(1))
-    for _ in range(2):
-        got = []
-        while len(got) < 50:
-            targets = next(stream)[2]
-            got += targets[targets >= 0].tolist()
-        assert sorted(got) == list(range(10, 60))
+    assert len(images) == 1 and owner.tolist() == [0, 0]
 
 
 def test_training_lowers_the_loss_on_what_it_trains(policy):

@@ -38,7 +38,7 @@ def test_a_label_sits_at_its_steps_end_and_nowhere_else(prompts):
     for prompt, text, targets in ((prompts[0], TEXT, [0.25, 0.5, 1.0]), (prompts[1], "answer: 7", [0.0])):
         tokens = TOKENIZER.response(text)
         examples.append(LabeledExample(*prompt, tokens, step_ends(tokens, TOKENIZER), targets))
-    _, ids, targets = collate_labels(examples)
+    _, ids, _, targets = collate_labels(examples)
     for row, example in enumerate(examples):
         labeled = (targets[row] >= 0).nonzero()[:, 0].tolist()
         assert targets[row, labeled].tolist() == example.targets
@@ -47,23 +47,44 @@ def test_a_label_sits_at_its_steps_end_and_nowhere_else(prompts):
 
 
 def test_labels_count_the_right_completions(policy, world, monkeypatch):
-    """A sampler with known completions: of the 3 rollouts from step j of question i, (i + j) % 4 are right."""
+    """A sampler with known completions: of the 3 rollouts from prefix j of question i, (i + j) % 4 are right."""
     questions = world["test"][:4]
 
     def fake(policy, prompts, tokenizer, L, temperature, T, seed, title, prefixes=None):
         if prefixes is None:
-            texts = [[write_reasoning(q, random.Random(0)) if i else "1 + 1 = 2\nanswer: 0"] for i, q in enumerate(questions)]
+            assert (L, temperature) == (2, 1.0)
+            texts = [[write_reasoning(q, random.Random(0)) if i else "1 + 1 = 2\nanswer: 0"] * 2 for i, q in enumerate(questions)]      # twice the same
         else:
+            assert (L, temperature) == (3, 0.5)
             texts = [[f"answer: {q.answer if r < (i + j) % 4 else 0}" for j, _ in enumerate(prefixes[i]) for r in range(L)] for i, q in enumerate(questions)]
         return texts, [[type("R", (), {"tokens": tokenizer.response(text)}) for text in group] for group in texts]
 
     monkeypatch.setattr(prm, "sample_texts", fake)
-    labels = label_steps(policy, questions, TOKENIZER, 3, 72, 0)
+    labels = label_steps(policy, questions, TOKENIZER, 2, 3, 0.5, 72, 0)
+    assert len(labels) == 4                                        # equal responses are labeled once
     for i, label in enumerate(labels):
         assert label.question == i and len(label.right) == len(label.ends) == TOKENIZER.decode(label.tokens).count("\n") + 1
         assert label.right == [(i + j) % 4 for j in range(len(label.ends) - 1)] + [3 if i else 0]      # the last step: its own answer
     assert prm.estimate(labels[1]._replace(right=[0, 1, 3]), "soft") == [0, 1 / 3, 1]
     assert prm.estimate(labels[1]._replace(right=[0, 1, 3]), "hard") == [0, 1, 1]
+
+
+def test_responses_that_begin_alike_share_their_labels(policy, world, monkeypatch):
+    """Two responses with the same first step and different second ones, through the real sampler's ordering of prefixes."""
+    question = world["test"][0]
+    texts = [["red is 3\n3 + 4 = 7\nanswer: 7", "red is 3\n3 + 4 = 8\nanswer: 8"]]
+    prefixes_seen = []
+
+    def fake(policy, prompts, tokenizer, L, temperature, T, seed, title, prefixes=None):
+        if prefixes is not None:
+            prefixes_seen.extend(tokenizer.decode(prefix) for prefix in prefixes[0])
+            right = {"red is 3\n": 2, "red is 3\n3 + 4 = 7\n": 1, "red is 3\n3 + 4 = 8\n": 0}
+            return [[f"answer: {question.answer if r < right[prefix] else 0}" for prefix in prefixes_seen for r in range(L)]], None
+        return texts, [[type("R", (), {"tokens": tokenizer.response(text)}) for text in group] for group in texts]
+
+    monkeypatch.setattr(prm, "sample_texts", fake)
+    labels = label_steps(policy, [question], TOKENIZER, 2, 2, 0.5, 72, 0)
+    assert len(prefixes_seen) == 3 and [label.right[:2] for label in labels] == [[2, 1], [2, 0]]
 
 
 # ---------------------------------------------------------------- the model
