@@ -201,8 +201,8 @@ def table(rng, pick):
 
 
 def groups(rng, colours, pick, rows=range(4)):
-    """Each row holds one group of equal objects. `colours` says how often each colour comes. `pick`: a, b, c are any groups and
-    are called by their "shape", or are the groups that are "in" or "out" of the first colour, called x."""
+    """Each row holds one group of equal objects. `colours` says how often each colour comes. `pick`: a, b, c are any groups
+    ("shape"), or the groups "in" the first colour, called x; in words they are called by their shape."""
     names = rng.sample(list(COLOURS), len(colours))
     each = rng.sample([name for name, times in zip(names, colours) for _ in range(times)], sum(colours))
     drawing, facts = [], {}
@@ -210,7 +210,7 @@ def groups(rng, colours, pick, rows=range(4)):
         places = rng.sample(range(4), rng.randint(1, 4))
         drawing += [("shape", row, column, shape, colour) for column in sorted(places)]
         facts[f"{colour} {shape}"] = len(places)
-    named = [group for group in facts if pick == "shape" or group.startswith(names[0]) == (pick == "in")]
+    named = [group for group in facts if pick == "shape" or group.startswith(names[0])]
     slots = dict(zip("abcd", rng.sample(named, len(named))))
     return drawing, facts, slots, {"x": names[0]} | {letter: group.split()[1] for letter, group in slots.items()}
 
@@ -242,6 +242,9 @@ class Template(NamedTuple):
 SUM_OF_THREE = ("(a + b) + c", "(c + b) + a", "a + (b + c)")
 SMALL, DIGIT, PURSE = range(2, 7), range(2, 10), range(30, 100, 10)
 
+# In pictures where two numbers are easily taken for one another (widths, counts), they count differently in the answer: a - b,
+# (a * n) + (b * m). With plain sums there, a third of pi_0's right responses had read them the wrong way round, which cost
+# nothing, and no reward that is learned from answers can find an error that costs nothing.
 IN_DOMAIN = (
     Template("FQA", "bars_two_minus_one", chart, ("(a + b) - c", "(a - c) + b", "a + (b - c)"), {},
              ("how much are {a} and {b} together minus {c}?", "add {a} and {b}, then take away {c}.", "what is {a} plus {b} minus {c}?",

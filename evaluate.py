@@ -129,14 +129,19 @@ def reward_pass_at_k(right, scores, k):
     return 1.0 if any(above) else pass_at_k(len(tied), sum(tied), k - len(above))
 
 
-def auc(good, scores):
+def auc(good, scores, groups=None):
     """Area under the ROC curve: the chance that a good one scores above a bad one, ties counting half (Mann-Whitney).
-    good: n bools, scores: n numbers. None if all are good or none is."""
+    good: n bools, scores: n numbers; groups: n labels, then only pairs within a group are compared. None without a pair."""
     good, scores = np.asarray(good, bool), np.asarray(scores, float)
-    _, rank, times = np.unique(scores, return_inverse=True, return_counts=True)
-    mean_rank = (times.cumsum() - (times - 1) / 2)[rank]           # 1 .. n, equal scores share the mean of theirs
-    n, m = good.sum(), (~good).sum()
-    return float((mean_rank[good].sum() - n * (n + 1) / 2) / (n * m)) if n and m else None
+    _, group = np.unique([""] * len(good) if groups is None else groups, return_inverse=True, axis=0)
+    won = pairs = 0.0
+    for g in range(group.max(initial=-1) + 1):
+        mine, values = good[group == g], scores[group == g]
+        _, rank, times = np.unique(values, return_inverse=True, return_counts=True)
+        mean_rank = (times.cumsum() - (times - 1) / 2)[rank]       # 1 .. n, equal scores share the mean of theirs
+        n, m = int(mine.sum()), int((~mine).sum())
+        won, pairs = won + mean_rank[mine].sum() - n * (n + 1) / 2, pairs + n * m
+    return float(won / pairs) if pairs else None
 
 
 def balanced_accuracy(good, said_good):

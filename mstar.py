@@ -77,7 +77,8 @@ class Config:
     base_arithmetic: int = 10000         # texts of five arithmetic facts
     base_worked: int = 200               # worked examples that are asked like a test question
     base_worked_with_answer: int = 6000  # worked examples with the answer in the prompt
-    base_caption_updates: int = 900      # first captions and arithmetic alone, then
+    base_texts: int = 5                  # reasoning texts per worked example, by different routes
+    base_caption_updates: int = 1300      # first captions and arithmetic alone, then
     base_updates: int = 1150             # all of it
     base_lr: float = 2e-3                # of AdamW (embeddings, norms, biases)
     base_muon_lr: float = 3e-3           # of Muon (the matrices)
@@ -205,13 +206,14 @@ def stage_base(cfg, policy, world, tokenizer):
     examples = []
     for i, (prompt, question) in enumerate(zip(prompts[:worked], questions)):
         ids = tokenizer.prompt(question.text, question.answer if i >= cfg.base_worked else None)
-        examples.append(Example(prompt.image, ids, tokenizer.response(write_reasoning(question, rng))))
+        texts = dict.fromkeys(write_reasoning(question, rng) for _ in range(cfg.base_texts))
+        examples += [Example(prompt.image, ids, tokenizer.response(text)) for text in texts]
     total = cfg.base_caption_updates + cfg.base_updates
     optimizers, schedules = new_optimizers(policy, cfg.base_lr, cfg.lr_warmup_updates, cfg.base_muon_lr, decay_over=total)
-    train(policy, optimizers, schedules, captions + facts, cfg.base_caption_updates, cfg, "base: captions, arithmetic")
-    # worked examples are few: repeat them until they are two thirds of the second part's diet
-    repeats = math.ceil(2 * (len(captions) + len(facts)) / max(1, len(examples)))
-    loss = train(policy, optimizers, schedules, captions + facts + repeats * examples, cfg.base_updates, cfg, "base: + worked examples")
+    train(policy, optimizers, schedules, captions + facts, cfg.base_caption_updates, cfg, "base: captions, arithmetic", together=1)
+    others = captions + facts                                      # a third of the second part's diet
+    diet = rng.sample(others, min(len(others), len(examples) // 2)) + examples
+    loss = train(policy, optimizers, schedules, diet, cfg.base_updates, cfg, "base: + worked examples", together=1)
     print(f"base      {len(captions):,} captions, {len(facts):,} arithmetic texts, {len(examples):,} worked examples; loss {loss:.3f}", flush=True)
     return policy
 
@@ -418,12 +420,13 @@ def new_policy(cfg, tokenizer):
     return Policy(ModelConfig(vocabulary=len(tokenizer), **{name: getattr(cfg, name) for name in names}))
 
 
-def train(policy, optimizers, schedules, examples, updates, cfg, title):
-    """SFT on examples in random order. Returns the mean loss of the last 100 updates, or None if there are no examples."""
+def train(policy, optimizers, schedules, examples, updates, cfg, title, together=4):
+    """SFT on examples in random order, up to `together` of one image side by side. Returns the mean loss of the last 100
+    updates, or None if there are no examples."""
     if not examples:
         print(f"{title}: nothing to train on, going on without an update")
         return None
-    return fit(policy, optimizers, schedules, batches(examples, cfg.batch_size, random.Random(seed_of(cfg, title))), updates, title)
+    return fit(policy, optimizers, schedules, batches(examples, cfg.batch_size, random.Random(seed_of(cfg, title)), together=together), updates, title)
 
 
 def seed_of(cfg, *what):

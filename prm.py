@@ -77,13 +77,18 @@ def estimate(label, how):
 # ---------------------------------------------------------------- the model
 
 class RewardModel(nn.Module):
-    """f: the policy's network with one scalar head. Its sigmoid, read at the last token of a step, is the step's score."""
+    """f: the policy's network with one scalar head. Its sigmoid, read at the last token of a step, is the step's score.
+
+    Beside the hidden state the head reads one number: log p(the step's last word), as the network itself predicted it. A
+    network of three layers knows what it expected only in its last layer, too late for the next token to look back at it;
+    a deep one can do without. (Without it the PRM could not tell a true reading from a false one to the same question.)"""
 
     def __init__(self, config):
         super().__init__()
-        self.config, self.policy, self.head = config, Policy(config), nn.Linear(config.width, 1)
-        nn.init.zeros_(self.head.weight)
+        self.config, self.policy, self.head = config, Policy(config), nn.Linear(config.width + 1, 1)
         nn.init.zeros_(self.head.bias)
+        nn.init.zeros_(self.head.weight)
+        self.head.weight.data[0, -1] = 1.0                         # a word that was expected is a good sign
 
     @property
     def device(self):
@@ -96,7 +101,10 @@ class RewardModel(nn.Module):
 
     def forward(self, images, ids, owner=None):
         """images (N, size, size, 3), ids (B, T) of prompt and response, owner (B,) -> (B, T) fp32 logits, trained at step ends only."""
-        return self.head(self.policy.hidden(images, ids, owner)).float()[..., 0]
+        hidden = self.policy.hidden(images, ids, owner)                                              # (B, T, C)
+        log_probs = self.policy.logits(hidden).log_softmax(-1)
+        word = log_probs[:, :-2].gather(2, ids[:, 1:-1, None])                                       # at t: log p of token t+1
+        return self.head(torch.cat([hidden, F.pad(word, (0, 0, 2, 0))], dim=-1)).float()[..., 0]     # moved on by 2: at a step's end, of the word before it
 
     def loss(self, images, ids, owner, targets):
         """Binary cross-entropy at step ends: targets (B, T) in [0, 1], or -1 where nothing is to be learned."""
@@ -204,8 +212,9 @@ def audit(policy, prm, labels, questions, labeled, tokenizer, max_new_tokens, n=
     truths = [[oracle(question, text) for text in group] for question, group in zip(questions, texts)]
     result = {"responses": n * len(questions),
               "labels": against_truth([[right / label.rollouts for right in label.right] for label in labels],
-                                      [oracle(labeled[label.question], tokenizer.decode(label.tokens)) for label in labels]),
-              "scores": against_truth([steps for group in scores for steps in group], [truth for group in truths for truth in group])}
+                                      [oracle(labeled[label.question], tokenizer.decode(label.tokens)) for label in labels], [label.question for label in labels]),
+              "scores": against_truth([steps for group in scores for steps in group], [truth for group in truths for truth in group],
+                                      [i for i, group in enumerate(scores) for _ in group])}
     # re-ranking
     true = {(i, text): all(truth) for i, group in enumerate(texts) for text, truth in zip(group, truths[i])}
     reward = {(i, text): min(steps) for i, group in enumerate(texts) for text, steps in zip(group, scores[i])}
@@ -232,10 +241,12 @@ def audit(policy, prm, labels, questions, labeled, tokenizer, max_new_tokens, n=
     return result
 
 
-def against_truth(values, truths):
+def against_truth(values, truths, asked):
     """How well numbers of steps (lists per response) tell true steps from false ones: AUC and balanced accuracy against the
-    oracle's verdict on the step ("step") and on the response up to it ("so_far"), over all steps and by position."""
-    rows = [(j, value, truth[j], all(truth[:j + 1])) for steps, truth in zip(values, truths) for j, value in enumerate(steps)]
+    oracle's verdict on the step ("step") and on the response up to it ("so_far"), over all steps and by position. `asked`: the
+    question of each response. "same_question" is the AUC over pairs of steps at the same position of responses to the same
+    question: knowing which questions are hard, and which steps are late, does not help there."""
+    rows = [(j, value, truth[j], all(truth[:j + 1]), q) for steps, truth, q in zip(values, truths, asked) for j, value in enumerate(steps)]
     result = {"steps": len(rows)}
     for name, column in (("step", 2), ("so_far", 3)):
         for position in ("all", *range(1, 9)):
@@ -243,6 +254,7 @@ def against_truth(values, truths):
             good, value = [row[column] for row in at], np.array([row[1] for row in at])
             result.setdefault(name, {})[position] = {"auc": auc(good, value), "balanced_accuracy": balanced_accuracy(good, value > 0.5),
                                                      "true": float(np.mean(good)) if good else None}
+        result[name]["all"]["same_question"] = auc([row[column] for row in rows], [row[1] for row in rows], [(row[4], row[0]) for row in rows])
     return result
 
 
@@ -251,8 +263,9 @@ def format_audit(result):
     lines = ["                      AUC against the oracle (balanced accuracy in %), steps in all and by position"]
     for key, words in (("labels", "Monte-Carlo labels"), ("scores", "PRM scores")):
         for truth in ("step", "so_far"):
+            same = result[key][truth]["all"]["same_question"]
             cells = [f"{p}: {v['auc']:.2f} ({100 * v['balanced_accuracy']:.0f})" if v["auc"] is not None else f"{p}: -" for p, v in result[key][truth].items()]
-            lines.append(f"{words}, {truth.replace('_', ' '):<7} " + "  ".join(cells))
+            lines.append(f"{words}, {truth.replace('_', ' '):<7} " + "  ".join(cells) + f"  same question and position: {'-' if same is None else format(same, '.2f')}")
     lines.append("\nright and different responses with a false step")
     lines += [f"  {name:<9} {100 * v['false_step']:5.1f} % of {v['responses']:,}" for name, v in result["selection"].items() if v["responses"]]
     ways = ("best_of_n", "weighted_voting", "majority_voting", "oracle")

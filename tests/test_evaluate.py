@@ -122,6 +122,8 @@ def test_auc_and_balanced_accuracy_against_counting_pairs():
     rng = random.Random(1)
     for _ in range(50):
         good, scores = [rng.random() < 0.5 for _ in range(12)], [rng.randint(0, 4) for _ in range(12)]
-        pairs = [(a > b) + 0.5 * (a == b) for g, a in zip(good, scores) for h, b in zip(good, scores) if g and not h]
-        assert auc(good, scores) == (pytest.approx(np.mean(pairs)) if pairs else None)
+        groups = [(rng.randint(0, 1), rng.randint(0, 2)) for _ in range(12)]
+        for given, label in ((None, [0] * 12), (groups, groups)):
+            pairs = [(a > b) + 0.5 * (a == b) for g, a, m in zip(good, scores, label) for h, b, n in zip(good, scores, label) if g and not h and m == n]
+            assert auc(good, scores, given) == (pytest.approx(np.mean(pairs)) if pairs else None)
     assert balanced_accuracy([1, 1, 1, 0], [1, 1, 0, 0]) == pytest.approx((2 / 3 + 1) / 2) and balanced_accuracy([1, 1], [1, 0]) is None

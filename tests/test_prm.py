@@ -100,6 +100,17 @@ def test_scores_are_read_at_step_ends_whatever_the_batch(reward_model, prompts):
                 torch.testing.assert_close(torch.tensor(steps), logits[step_ends(tokens, TOKENIZER)].sigmoid(), rtol=1e-4, atol=1e-5)
 
 
+def test_the_head_reads_how_expected_the_steps_last_word_was(reward_model, prompts):
+    torch.nn.init.zeros_(reward_model.head.weight)
+    reward_model.head.weight.data[0, -1] = 1.0
+    prompt, tokens = prompts[0], TOKENIZER.response(TEXT)
+    log_probs = reward_model.policy(prompt.image[None], torch.tensor([prompt.ids + tokens]))[0].log_softmax(-1)
+    expected = [log_probs[len(prompt.ids) + end - 2, tokens[end - 1]].exp() for end in step_ends(tokens, TOKENIZER)]
+    assert [TOKENIZER.decode([tokens[end - 1]]) for end in step_ends(tokens, TOKENIZER)] == ["3", "7", "7"]
+    (steps,), = score(reward_model, [prompt], [[tokens]], TOKENIZER)
+    torch.testing.assert_close(torch.tensor(steps), torch.stack([p / (1 + p) for p in expected]))          # sigmoid(log p)
+
+
 def test_training_learns_to_tell_steps_apart(policy, world, capsys, monkeypatch):
     questions = world["test"][:40]
     labels = []
