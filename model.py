@@ -305,7 +305,7 @@ def pad_together(examples):
     return images, ids, owner
 
 
-def batches(examples, batch_size, rng, collate=collate, together=4):
+def batches(examples, batch_size, rng, collate=collate, together=1):
     """Endless batches of `collate`, every example once per pass. Up to `together` examples of one image are neighbours, so
     that the image is read once for them; such groups are sorted by length within windows of two batches: less padding, and a
     batch still mixes task types. (Longer windows would pad less, but fill a batch with one task type; not measured.)"""

@@ -210,6 +210,7 @@ def stage_base(cfg, policy, world, tokenizer):
         examples += [Example(prompt.image, ids, tokenizer.response(text)) for text in texts]
     total = cfg.base_caption_updates + cfg.base_updates
     optimizers, schedules = new_optimizers(policy, cfg.base_lr, cfg.lr_warmup_updates, cfg.base_muon_lr, decay_over=total)
+    # together=1: with fewer different pictures per batch, prices and tables were not learned to be read (one trial)
     train(policy, optimizers, schedules, captions + facts, cfg.base_caption_updates, cfg, "base: captions, arithmetic", together=1)
     others = captions + facts                                      # a third of the second part's diet
     diet = rng.sample(others, min(len(others), len(examples) // 2)) + examples
@@ -420,9 +421,9 @@ def new_policy(cfg, tokenizer):
     return Policy(ModelConfig(vocabulary=len(tokenizer), **{name: getattr(cfg, name) for name in names}))
 
 
-def train(policy, optimizers, schedules, examples, updates, cfg, title, together=4):
-    """SFT on examples in random order, up to `together` of one image side by side. Returns the mean loss of the last 100
-    updates, or None if there are no examples."""
+def train(policy, optimizers, schedules, examples, updates, cfg, title, together=2):
+    """SFT on examples in random order, up to `together` of one image side by side (2 at most, whatever is kept per question, so
+    that methods are compared on like batches). Returns the mean loss of the last 100 updates, or None without examples."""
     if not examples:
         print(f"{title}: nothing to train on, going on without an update")
         return None

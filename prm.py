@@ -142,7 +142,7 @@ def train_prm(policy, questions, labels, tokenizer, how, updates, lr, lr_warmup_
     if len({target > 0.5 for e in examples for target in e.targets}) < 2:
         print("PRM       all step labels are alike: nothing to tell apart, the scores will be of no use for ranking")
     optimizers, schedules = new_optimizers(prm, lr, lr_warmup_updates, decay_over=updates)
-    loss = fit(prm, optimizers, schedules, batches(examples, batch_size, random.Random(seed), collate_labels), updates, "PRM")
+    loss = fit(prm, optimizers, schedules, batches(examples, batch_size, random.Random(seed), collate_labels, together=4), updates, "PRM")
     scores = score(prm, [prompts[label.question] for label in held_out], [[label.tokens] for label in held_out], tokenizer)
     good = np.array([right > label.rollouts / 2 for label in held_out for right in label.right])
     given = np.array([s for group in scores for s in group[0]])

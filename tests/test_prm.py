@@ -124,7 +124,7 @@ def test_training_learns_to_tell_steps_apart(policy, world, capsys, monkeypatch)
     assert "alike" not in capsys.readouterr().out
     asked = {tuple(make_prompts([question], TOKENIZER, 64)[0].ids) for question in questions[:36]}      # a tenth is held out
     seen = set()
-    monkeypatch.setattr(prm, "batches", lambda examples, *rest: seen.update(tuple(e.prompt) for e in examples) or batches(examples, *rest))
+    monkeypatch.setattr(prm, "batches", lambda examples, *rest, **more: seen.update(tuple(e.prompt) for e in examples) or batches(examples, *rest, **more))
     one_class = [label._replace(right=[4] * 2) for label in labels]
     _, metrics = train_prm(policy, questions, one_class, TOKENIZER, "soft", 2, 3e-3, 2, 8, 0)
     assert metrics["auc"] is None and "alike" in capsys.readouterr().out and seen == asked
