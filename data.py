@@ -370,8 +370,8 @@ def write_reasoning(question, rng):
 
 def write_caption(question, rng, asked):
     """(prompt text, response text) about what can be read off the picture, worded like the readings of a reasoning text, in
-    random order: up to four facts of the writer's choice, or, if `asked`, up to three that the prompt names."""
-    subjects = rng.sample(sorted(question.facts), min(rng.randint(1, 3) if asked else 4, len(question.facts)))
+    random order: all of it, or, if `asked`, two to six facts that the prompt names."""
+    subjects = rng.sample(sorted(question.facts), min(rng.randint(2, 6), len(question.facts)) if asked else len(question.facts))
     prompt = "describe " + " and ".join(subjects) if asked else "describe"
     return prompt, "\n".join(f"{subject} is {question.facts[subject]}" for subject in rng.sample(subjects, len(subjects)))
 

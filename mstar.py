@@ -8,8 +8,7 @@ Paper (arXiv 2412.17451v3, "Diving into Self-Evolving Training for Multimodal Re
 Read:     Config -> main -> stage_base -> stage_warmup -> stage_prm -> self_evolve -> monitor   (top-down: in the order it runs)
 Departs:  the base model is trained here, from scratch, on a stated diet (stage_base); the paper starts from a pretrained LMM.
           The learning rate is larger (the paper: 1e-6 for 8B parameters) and rounds are counted in updates, not epochs.
-          Pixels, words and questions come from data.py's world. The default method is "continuous": "mstar", the paper's, runs,
-          but its reward model has not been shown to help at this size.
+          Pixels, words and questions come from data.py's world.
 Run:      python mstar.py [--preset cpu|gpu|test] [--seed N] [--out runs/NAME] [any field of Config]
 """
 import argparse
@@ -45,6 +44,7 @@ METHODS = {     # the paper's rows, as bundles of switches (its Tables 1 and 4);
     "mstar": dict(start_from="last", optimizer="inherit", interval=0.25, select="top", temperature="adaptive"),
 }
 ROWS = {"sft": "SFT (direct answers)", "prm": "+ PRM re-rank", "mstar": "M-STaR"}      # names in the result table, where they differ
+COMPARED = "sft,continuous,prm,mstar"                               # what `python mstar.py` runs
 GRID = [round(0.3 + 0.1 * i, 1) for i in range(14)]                # the temperatures of a sweep, 0.3 .. 1.6
 
 
@@ -52,8 +52,8 @@ GRID = [round(0.3 + 0.1 * i, 1) for i in range(14)]                # the tempera
 class Config:
     """Every value that a run depends on. Each field is a flag; a preset fills it, a method sets the switches, a flag wins."""
     out: str = ""                        # folder of the run; empty: runs/PRESET-METHOD-seedN, with a number if taken
-    method: str = "continuous"           # one of METHODS
-    arms: str = ""                       # methods to run and compare, comma-separated, from one pi_0 and one PRM; empty: sft and --method
+    method: str = "mstar"                # one of METHODS; --method X runs X alone, without it everything in COMPARED runs
+    arms: str = ""                       # or: the methods to run from one pi_0 and one PRM, comma-separated; the policy of the last is saved
     seed: int = 0                        # weights, order of the data, sampling
     device: str = ""                     # empty: cuda, then mps, then cpu
     # the world
@@ -74,14 +74,14 @@ class Config:
     kv_heads: int = 2
     # base: what the pretrained LMM of the paper has and ours must learn first
     base_images: int = 10000             # captioned pictures; no question of another split shares a picture with them
-    base_arithmetic: int = 10000         # texts of five arithmetic facts
+    base_arithmetic: int = 5000          # texts of five arithmetic facts
     base_worked: int = 200               # worked examples that are asked like a test question
     base_worked_with_answer: int = 6000  # worked examples with the answer in the prompt
     base_texts: int = 5                  # reasoning texts per worked example, by different routes
-    base_caption_updates: int = 1300      # first captions and arithmetic alone, then
-    base_updates: int = 1150             # all of it
-    base_lr: float = 2e-3                # of AdamW (embeddings, norms, biases)
-    base_muon_lr: float = 3e-3           # of Muon (the matrices)
+    base_caption_updates: int = 1000      # first captions and arithmetic alone, then
+    base_updates: int = 1500             # all of it
+    base_lr: float = 3e-3                # of AdamW (embeddings, norms, biases)
+    base_muon_lr: float = 2e-3           # of Muon (the matrices)
     # warm-up
     warmup_questions: int = 2000         # labeled questions that the base model explains, the answer given
     warmup_rollouts: int = 4
@@ -105,10 +105,10 @@ class Config:
     temperature: str = "1.0"             # of the sampled responses: a number, or adaptive: 1.0 at first, then as the sweeps say
     adapt_by: str = "reward_pass_at_k"   # what a sweep maximises: reward_pass_at_k (k = keep_top) or pass_at_k
     sweep_every: int = 2                 # iterations from sweep to sweep
-    passes: float = 2.5                  # how often each labeled question is asked in all
+    passes: float = 2.0                  # how often each labeled question is asked in all
     rollouts_per_question: int = 8       # L; the paper: 16
-    evolve_updates: int = 3200           # updates of all iterations together, equal for every method
-    evolve_lr: float = 1.2e-4            # constant, as in the paper
+    evolve_updates: int = 2000           # updates of all iterations together, equal for every method
+    evolve_lr: float = 1.5e-4            # constant, as in the paper
     # everywhere
     batch_size: int = 32
     lr_warmup_updates: int = 20          # linear start of every learning-rate schedule
@@ -450,8 +450,9 @@ def parse(argv):
                             help=f"{comments.get(f.name, '')} [{f.default}]".replace("%", "%%"))
     given = vars(parser.parse_args(argv))
     preset = given.pop("preset")
-    cfg = Config(**{**PRESETS[preset], **METHODS[given.get("method", Config.method)], **given})
-    cfg.arms = cfg.arms or ",".join(dict.fromkeys(("sft", cfg.method)))
+    given["arms"] = given.get("arms") or given.get("method") or COMPARED
+    given.setdefault("method", given["arms"].split(",")[-1])
+    cfg = Config(**{**PRESETS[preset], **METHODS.get(given["method"], {}), **given})
     if unknown := set(cfg.arms.split(",")) - METHODS.keys():
         parser.error(f"--arms {cfg.arms}: {sorted(unknown)[0]!r} is not a method; known: {', '.join(METHODS)}")
     if cfg.method not in cfg.arms.split(","):

@@ -195,7 +195,7 @@ def test_the_best_temperature_wins_and_a_tie_keeps_the_current_one():
 @pytest.fixture(scope="module")
 def two_runs(tmp_path_factory):
     folders = [tmp_path_factory.mktemp("runs") / name for name in "ab"]
-    return folders, [mstar.main([*TINY, "--method", "mstar", "--arms", "sft,continuous,prm,mstar", "--out", str(folder)]) for folder in folders]
+    return folders, [mstar.main([*TINY, "--out", str(folder)]) for folder in folders]
 
 
 def test_a_run_writes_its_files(two_runs):
@@ -238,7 +238,7 @@ def test_a_finished_run_can_be_scored_again(two_runs, capsys):
     (["--interval", "0"], "--interval"), (["--interval", "1.5"], "--interval"), (["--temperature", "-1"], "--temperature"), (["--temperature", "nan"], "--temperature"),
     (["--preset", "huge"], "huge"), (["--method", "magic"], "magic"), (["--nonsense", "1"], "--nonsense"), (["--batch_size", "0"], "--batch_size"),
     (["--evolve_lr", "-0.1"], "--evolve_lr"), (["--seed", "x"], "--seed"), (["--image_size", "100"], "--image_size"), (["--device", "abacus"], "--device"),
-    (["--temp", "1"], "--temp"), (["--temperature", "warm"], "--temperature"), (["--arms", "prm"], "--arms"), (["--arms", "mstar,magic"], "magic"),
+    (["--temp", "1"], "--temp"), (["--temperature", "warm"], "--temperature"), (["--arms", "prm", "--method", "mstar"], "--arms"), (["--arms", "mstar,magic"], "magic"),
     (["--keep_top", "0"], "--keep_top"), (["--select", "best"], "--select"), (["--adapt_by", "luck"], "--adapt_by"), (["--vision_width", "20"], "--vision_width"), (["--kv_heads", "0"], "--kv_heads")])
 def test_wrong_use_exits_2_with_one_line_and_writes_nothing(flags, named, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
@@ -247,6 +247,16 @@ def test_wrong_use_exits_2_with_one_line_and_writes_nothing(flags, named, tmp_pa
     error = capsys.readouterr().err
     assert stop.value.code == 2 and error.count("\n") == 1 and named in error
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("flags, arms, method, select", [
+    ([], "sft,continuous,prm,mstar", "mstar", "top"), (["--method", "continuous"], "continuous", "continuous", "all"),
+    (["--arms", "sft,prm"], "sft,prm", "prm", "top"), (["--arms", "continuous,prm", "--method", "continuous", "--select", "random"], "continuous,prm", "continuous", "random")])
+def test_what_is_run(flags, arms, method, select):
+    """Everything by default, a method alone when it is named, and its switches are those that were typed."""
+    cfg, _ = parse([*TINY, *flags])
+    assert (cfg.arms, cfg.method, cfg.select) == (arms, method, select) and mstar.arms_of(cfg)[method] is cfg
+    assert "prm" not in arms or method == "prm" or mstar.arms_of(cfg)["prm"].select == "top"
 
 
 def test_a_folder_in_use_is_never_written_to(tmp_path, capsys):
@@ -268,7 +278,7 @@ def test_default_folder_gets_a_number_instead_of_overwriting(tmp_path, monkeypat
         folder = mstar.new_folder(cfg, preset)
         (folder / "something").touch()
         names.append(folder.name)
-    assert names == ["test-continuous-seed0", "test-continuous-seed0-2", "test-continuous-seed0-3"]
+    assert names == ["test-mstar-seed0", "test-mstar-seed0-2", "test-mstar-seed0-3"]
 
 
 def test_a_loss_that_is_not_finite_stops_the_training(policy):
