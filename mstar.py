@@ -88,13 +88,11 @@ class Config:
     warmup_updates: int = 200
     warmup_lr: float = 5e-4
     # process reward model
-    prm_questions: int = 2000            # labeled questions of which responses are labeled step by step
+    prm_questions: int = 1000            # labeled questions of which responses are labeled step by step
     prm_responses: int = 4               # responses per question
-    prm_rollouts: int = 4                # completions per step
-    prm_temperature: float = 0.5         # of the completions
+    prm_rollouts: int = 8                # completions per step
+    prm_temperature: float = 0.6         # of the completions
     prm_labels: str = "soft"             # a step's label: soft, the share of right completions, or hard, 1 if any is right
-    prm_updates: int = 500
-    prm_lr: float = 5e-4
     # self-evolving: the switches
     start_from: str = "last"             # weights an iteration's training starts from: last or warmup
     optimizer: str = "inherit"           # inherit or reset optimizer state and schedule at each iteration
@@ -137,7 +135,7 @@ PRESETS = {
     "cpu": {},                                                     # the defaults above: a laptop, 2 cores
     "test": dict(labeled=40, validation=10, test=20, testbed=5, width=32, layers=1, heads=2, kv_heads=1, vision_width=16, vision_layers=1,
                  base_images=60, base_arithmetic=20, base_worked=20, base_worked_with_answer=20, base_caption_updates=4, base_updates=4,
-                 warmup_questions=10, warmup_rollouts=2, warmup_updates=3, prm_questions=20, prm_rollouts=2, prm_updates=3, passes=0.5, rollouts_per_question=2, evolve_updates=4,
+                 warmup_questions=10, warmup_rollouts=2, warmup_updates=3, prm_questions=20, prm_rollouts=2, passes=0.5, rollouts_per_question=2, evolve_updates=4,
                  batch_size=8, lr_warmup_updates=2, monitor_rollouts=4),
     # sized on paper for one GPU of 16-24 GB and an hour; not measured yet
     "gpu": dict(labeled=20000, patch_size=8, vision_width=256, vision_layers=4, vision_heads=4, width=384, layers=6, heads=6,
@@ -277,8 +275,7 @@ def stage_prm(cfg, warm, world, tokenizer, out):
     Writes prm.safetensors and labels.json (for the audit). Returns (RewardModel, metrics on held-out questions)."""
     questions = world["labeled"][:cfg.prm_questions]
     labels = label_steps(warm, questions, tokenizer, cfg.prm_responses, cfg.prm_rollouts, cfg.prm_temperature, cfg.max_new_tokens, seed_of(cfg, "labels"))
-    torch.manual_seed(seed_of(cfg, "prm"))
-    prm, metrics = train_prm(warm, questions, labels, tokenizer, cfg.prm_labels, cfg.prm_updates, cfg.prm_lr, cfg.lr_warmup_updates, cfg.batch_size, seed_of(cfg, "prm"))
+    prm, metrics = train_prm(warm, questions, labels, tokenizer, cfg.prm_labels)
     save_policy(prm, out / "prm.safetensors", tokenizer.symbols)
     write_json(out / "labels.json", [label._asdict() for label in labels])
     print(f"PRM       on {metrics['steps']:,} steps of held-out questions: AUC {share(metrics['auc'], 1)}, balanced accuracy {share(metrics['balanced_accuracy'], 1)}, "
@@ -461,7 +458,7 @@ def parse(argv):
         parser.error(f"--temperature {cfg.temperature}: must be a number of at least 0, or adaptive")
     at_least = dict.fromkeys(("labeled", "validation", "test", "testbed", "width", "layers", "heads", "kv_heads", "vision_width", "vision_heads", "patch_size",
                               "image_size", "batch_size", "lr_warmup_updates", "base_updates", "warmup_updates", "evolve_updates", "rollouts_per_question",
-                              "monitor_rollouts", "max_new_tokens", "keep_top", "sweep_every", "prm_questions", "prm_rollouts", "prm_updates", "warmup_rollouts", "warmup_questions", "base_images"), 1)
+                              "monitor_rollouts", "max_new_tokens", "keep_top", "sweep_every", "prm_questions", "prm_responses", "prm_rollouts", "warmup_rollouts", "warmup_questions", "base_images"), 1)
     for f in fields(Config):
         value = getattr(cfg, f.name)
         if not isinstance(value, str) and (not math.isfinite(value) or value < at_least.get(f.name, 0)):
@@ -509,10 +506,10 @@ def announce(cfg, preset, out, device, policy, world):
     sweeps = sum(len(range(0, loop.iterations, loop.sweep_every)) for loop in loops if loop.temperature == "adaptive")
     monitored = sum(loop.iterations + 1 for loop in loops)          # each time one greedy response and monitor_rollouts per temperature
     watching = monitored + cfg.monitor_rollouts * (monitored - sweeps + len(GRID) * sweeps)
-    sampled = {"warm-up": cfg.warmup_questions * cfg.warmup_rollouts, "PRM": f"{cfg.prm_questions:,} and {cfg.prm_rollouts} from each of their steps" if with_prm else 0,
+    sampled = {"warm-up": cfg.warmup_questions * cfg.warmup_rollouts, "PRM": f"{cfg.prm_questions * cfg.prm_responses:,} and {cfg.prm_rollouts} from each of their steps" if with_prm else 0,
                "self-evolving": sum(loop.iterations * loop.queries * loop.rollouts_per_question for loop in loops),
                "watching": watching * cfg.validation, "tests": (2 + len(arms)) * (2 * cfg.test + 5 * cfg.testbed)}
-    updates = {"base": cfg.base_caption_updates + cfg.base_updates, "warm-up": cfg.warmup_updates, "PRM": cfg.prm_updates * with_prm,
+    updates = {"base": cfg.base_caption_updates + cfg.base_updates, "warm-up": cfg.warmup_updates,
                "direct SFT": (cfg.warmup_updates + cfg.evolve_updates) * ("sft" in arms), "self-evolving": cfg.evolve_updates * len(loops)}
     print(f"run       {out}   preset {preset}, method {cfg.method}, seed {cfg.seed}, on {device} ({torch.get_num_threads()} threads)")
     print(f"policy    {parameters:,} parameters")

@@ -7,8 +7,8 @@ import torch
 import prm
 from data import Tokenizer, write_reasoning
 from evaluate import make_prompts
-from model import batches, load_policy, save_policy
-from prm import LabeledExample, RewardModel, collate_labels, label_steps, rerank, score, step_ends, train_prm, weighted_vote
+from model import load_policy, save_policy
+from prm import RewardModel, label_steps, rerank, score, step_ends, train_prm, weighted_vote
 
 TOKENIZER = Tokenizer()
 TEXT = "red is 3\n3 + 4 = 7\nanswer: 7"
@@ -19,7 +19,7 @@ def reward_model(policy):
     torch.manual_seed(2)
     model = RewardModel(policy.config)
     model.policy.load_state_dict(policy.state_dict())
-    torch.nn.init.normal_(model.head.weight)
+    torch.nn.init.normal_(model.head.weight, std=0.1)
     return model
 
 
@@ -31,19 +31,6 @@ def test_steps_end_at_line_breaks_and_at_the_last_token():
     assert step_ends(tokens, TOKENIZER)[-1] == tokens.index(TOKENIZER.EOS)
     cut = tokens[:-2]                                              # cut off inside the last step
     assert step_ends(cut, TOKENIZER)[-1] == len(cut) - 1 and len(step_ends(cut, TOKENIZER)) == 3
-
-
-def test_a_label_sits_at_its_steps_end_and_nowhere_else(prompts):
-    examples = []
-    for prompt, text, targets in ((prompts[0], TEXT, [0.25, 0.5, 1.0]), (prompts[1], "answer: 7", [0.0])):
-        tokens = TOKENIZER.response(text)
-        examples.append(LabeledExample(*prompt, tokens, step_ends(tokens, TOKENIZER), targets))
-    _, ids, _, targets = collate_labels(examples)
-    for row, example in enumerate(examples):
-        labeled = (targets[row] >= 0).nonzero()[:, 0].tolist()
-        assert targets[row, labeled].tolist() == example.targets
-        read = [TOKENIZER.decode(ids[row, len(example.prompt):at + 1]) for at in labeled]
-        assert read == ["red is 3\n", "red is 3\n3 + 4 = 7\n", TEXT][:len(read)] if row == 0 else read == ["answer: 7"]
 
 
 def test_labels_count_the_right_completions(policy, world, monkeypatch):
@@ -89,45 +76,54 @@ def test_responses_that_begin_alike_share_their_labels(policy, world, monkeypatc
 
 # ---------------------------------------------------------------- the model
 
-def test_scores_are_read_at_step_ends_whatever_the_batch(reward_model, prompts):
+def by_hand(model, prompt, tokens):
+    """What the head reads at each step's end, from a full pass over this response alone: [(sum, lowest, last word, number)]."""
+    log_probs = model.policy(prompt.image[None], torch.tensor([prompt.ids + tokens]))[0].log_softmax(-1)
+    words = [log_probs[len(prompt.ids) + i - 1, token].item() for i, token in enumerate(tokens)]
+    return [[sum(words[:end + 1]), min(words[:end + 1]), words[max(end - 1, 0)], number] for number, end in enumerate(step_ends(tokens, TOKENIZER), 1)]
+
+
+def test_the_head_reads_the_words_up_to_each_steps_end_and_nothing_else(reward_model, prompts):
+    texts = [TEXT, "answer: 7", "1 + 1 = 2\nanswer: 2", "red is 3\n3 + 4 = 8\nanswer: 8"]
+    asked, responses = [prompts[q] for q in (2, 0, 2, 2)], [TOKENIZER.response(text) for text in texts]
+    responses[2] = responses[2][:-3]                               # cut off inside the last step
+    for rows in (1, 2, 100):
+        for prompt, tokens, got in zip(asked, responses, reward_model.features(asked, responses, TOKENIZER, rows)):
+            torch.testing.assert_close(got, torch.tensor(by_hand(reward_model, prompt, tokens)), rtol=1e-3, atol=1e-3)
+    first, *_, other = reward_model.features(asked, responses, TOKENIZER)
+    torch.testing.assert_close(first[0], other[0])                 # they part in the second step
+    assert not torch.allclose(first[1], other[1])
+
+
+def test_scores_are_the_heads_whatever_the_batch(reward_model, prompts):
     texts = [[TEXT, "answer: 7", TEXT], ["1 + 1 = 2\nanswer: 2"]]
     responses = [[TOKENIZER.response(text) for text in group] for group in texts]
     for rows in (1, 3, 100):
         got = score(reward_model, prompts[:2], responses, TOKENIZER, rows=rows)
         for q, group in enumerate(responses):
             for tokens, steps in zip(group, got[q]):
-                logits = reward_model(prompts[q].image[None], torch.tensor([prompts[q].ids + tokens]))[0, len(prompts[q].ids):]
-                torch.testing.assert_close(torch.tensor(steps), logits[step_ends(tokens, TOKENIZER)].sigmoid(), rtol=1e-4, atol=1e-5)
+                expected = reward_model.head(torch.tensor(by_hand(reward_model, prompts[q], tokens)))[:, 0].sigmoid()
+                torch.testing.assert_close(torch.tensor(steps), expected, rtol=1e-3, atol=1e-4)
 
 
-def test_the_head_reads_how_expected_the_steps_last_word_was(reward_model, prompts):
-    torch.nn.init.zeros_(reward_model.head.weight)
-    reward_model.head.weight.data[0, -1] = 1.0
-    prompt, tokens = prompts[0], TOKENIZER.response(TEXT)
-    log_probs = reward_model.policy(prompt.image[None], torch.tensor([prompt.ids + tokens]))[0].log_softmax(-1)
-    expected = [log_probs[len(prompt.ids) + end - 2, tokens[end - 1]].exp() for end in step_ends(tokens, TOKENIZER)]
-    assert [TOKENIZER.decode([tokens[end - 1]]) for end in step_ends(tokens, TOKENIZER)] == ["3", "7", "7"]
-    (steps,), = score(reward_model, [prompt], [[tokens]], TOKENIZER)
-    torch.testing.assert_close(torch.tensor(steps), torch.stack([p / (1 + p) for p in expected]))          # sigmoid(log p)
-
-
-def test_training_learns_to_tell_steps_apart(policy, world, capsys, monkeypatch):
-    questions = world["test"][:40]
-    labels = []
-    for i, question in enumerate(questions):                       # good responses say 3 + 4 = 7, bad ones 3 + 4 = 8
-        tokens = TOKENIZER.response(f"3 + 4 = {7 + i % 2}\nanswer: {7 + i % 2}")
-        labels.append(prm.StepLabels(i, tokens, step_ends(tokens, TOKENIZER), [4 * (1 - i % 2)] * 2, 4))
-    model, metrics = train_prm(policy, questions, labels, TOKENIZER, "soft", 40, 3e-3, 2, 8, 0)
-    assert metrics["auc"] == 1 and metrics["balanced_accuracy"] == 1 and metrics["steps"] == 8
-    before = {name: tensor for name, tensor in policy.state_dict().items()}
-    assert not torch.equal(before["embed.weight"], model.policy.embed.weight)                        # a copy was trained, not the policy
-    assert "alike" not in capsys.readouterr().out
-    asked = {tuple(make_prompts([question], TOKENIZER, 64)[0].ids) for question in questions[:36]}      # a tenth is held out
-    seen = set()
-    monkeypatch.setattr(prm, "batches", lambda examples, *rest, **more: seen.update(tuple(e.prompt) for e in examples) or batches(examples, *rest, **more))
-    one_class = [label._replace(right=[4] * 2) for label in labels]
-    _, metrics = train_prm(policy, questions, one_class, TOKENIZER, "soft", 2, 3e-3, 2, 8, 0)
-    assert metrics["auc"] is None and "alike" in capsys.readouterr().out and seen == asked
+def test_training_finds_the_rule_behind_the_labels(policy, world, reward_model, capsys, monkeypatch):
+    """Labels that follow from one of the head's numbers: learned, and true on questions that were held out."""
+    rng, questions = random.Random(0), world["test"][:40]
+    prompts = make_prompts(questions, TOKENIZER, 64)
+    responses = [(i, [rng.randint(20, 120) for _ in range(3)] + [TOKENIZER.ids["\n"], rng.randint(20, 120), TOKENIZER.EOS]) for i in range(40) for _ in range(6)]
+    lowest = [features[:, 1] for features in reward_model.features([prompts[i] for i, _ in responses], [tokens for _, tokens in responses], TOKENIZER)]
+    middle = torch.cat(lowest).median()
+    labels = [prm.StepLabels(i, tokens, step_ends(tokens, TOKENIZER), [4 * int(v > middle) for v in values], 4) for (i, tokens), values in zip(responses, lowest)]
+    seen = []
+    features = RewardModel.features
+    monkeypatch.setattr(RewardModel, "features", lambda self, prompts, *rest: seen.append(prompts) or features(self, prompts, *rest))
+    model, metrics = train_prm(policy, questions, labels, TOKENIZER, "soft")
+    assert metrics["auc"] > 0.98 and metrics["balanced_accuracy"] > 0.9 and metrics["steps"] == 48 and "alike" not in capsys.readouterr().out
+    learned, held_out = ({id(prompt.image) for prompt in prompts} for prompts in seen)
+    assert len(learned) == 36 and len(held_out) == 4 and not learned & held_out
+    assert all(torch.equal(a, b) for a, b in zip(policy.state_dict().values(), model.policy.state_dict().values()))       # only the head learns
+    _, metrics = train_prm(policy, questions, [label._replace(right=[4] * 2) for label in labels], TOKENIZER, "soft")
+    assert metrics["auc"] is None and "alike" in capsys.readouterr().out
 
 
 def test_saved_prm_is_the_same_prm(reward_model, prompts, tmp_path):
