@@ -78,7 +78,7 @@ class Config:
     base_worked: int = 200               # worked examples that are asked like a test question
     base_worked_with_answer: int = 6000  # worked examples with the answer in the prompt
     base_texts: int = 5                  # reasoning texts per worked example, by different routes
-    base_caption_updates: int = 1000      # first captions and arithmetic alone, then
+    base_caption_updates: int = 1250      # first captions and arithmetic alone, then
     base_updates: int = 1500             # all of it
     base_lr: float = 3e-3                # of AdamW (embeddings, norms, biases)
     base_muon_lr: float = 2e-3           # of Muon (the matrices)
@@ -105,7 +105,7 @@ class Config:
     sweep_every: int = 2                 # iterations from sweep to sweep
     passes: float = 2.0                  # how often each labeled question is asked in all
     rollouts_per_question: int = 8       # L; the paper: 16
-    evolve_updates: int = 2000           # updates of all iterations together, equal for every method
+    evolve_updates: int = 2400           # updates of all iterations together, equal for every method
     evolve_lr: float = 1.5e-4            # constant, as in the paper
     # everywhere
     batch_size: int = 32
