@@ -198,9 +198,10 @@ def audit(policy, prm, labels, questions, labeled, tokenizer, max_new_tokens, n=
 
     labels, scores: AUC and balanced accuracy (cut at 1/2) of step labels and of PRM scores against two truths of a step:
         "step", the oracle finds this step true, and "so_far", it finds this and all earlier steps true; also by position.
-    selection: share of right and different responses with a false step: all of them, the Top-1, 2, 4, and 2 by chance.
-    verifier: accuracy at N = 1, 2, 4, 8, 16 of best-of-N by R_p, weighted and majority voting, and best-of-N by the oracle
-        ("all steps true", then a vote), beside greedy: the paper's Figure 2a.
+    selection: share of right and different responses with a false step: all of them, the Top-1, 2, 4, and 2 of each question by
+        chance (the fair comparison for the Top-2) or by the policy's likelihood of the whole response.
+    verifier: accuracy at N = 1, 2, 4, 8, 16 of best-of-N by R_p and by likelihood, weighted and majority voting, and best-of-N
+        by the oracle ("all steps true", then a vote), beside greedy: the paper's Figure 2a.
     length: mean number of steps of the Top-2 and of the other right responses, where there are others: its Figure 2b."""
     prompts = make_prompts(questions, tokenizer, policy.config.image_size)
     texts, responses = sample_texts(policy, prompts, tokenizer, n, 1.0, max_new_tokens, seed, "audit: responses")
@@ -216,7 +217,9 @@ def audit(policy, prm, labels, questions, labeled, tokenizer, max_new_tokens, n=
     reward = {(i, text): min(steps) for i, group in enumerate(texts) for text, steps in zip(group, scores[i])}
     kept = sorted((i, text) for i, text in reward if grade(text, questions[i].answer) == "right")
     rewards = [reward[item] for item in kept]
-    chosen = {f"top_{k}": rerank(kept, rewards, "top", k, 0, 0) for k in (1, 2, 4)} | {"random_2": rerank(kept, rewards, "random", 2, 0, seed), "all": kept}
+    likely = {(i, text): sum(response.log_probs) for i, group in enumerate(texts) for text, response in zip(group, responses[i])}
+    chosen = {f"top_{k}": rerank(kept, rewards, "top", k, 0, 0) for k in (1, 2, 4)}
+    chosen |= {"likely_2": rerank(kept, [likely[item] for item in kept], "top", 2, 0, 0), "random_2": rerank(kept, rewards, "random", 2, 0, seed), "all": kept}
     result["selection"] = {name: {"responses": len(items), "false_step": float(np.mean([not true[item] for item in items])) if items else None}
                            for name, items in chosen.items()}
     top = set(chosen["top_2"])
@@ -230,6 +233,7 @@ def audit(policy, prm, labels, questions, labeled, tokenizer, max_new_tokens, n=
     result["verifier"] = {"greedy": grade_greedily(policy, questions, tokenizer, max_new_tokens, "audit: greedy").count("right") / len(questions)}
     for N in (k for k in (1, 2, 4, 8, 16) if k <= n):
         ways = {"best_of_n": [a[int(np.argmax(r[:N]))] for a, r in zip(answers, rewards)],
+                "likeliest": [a[int(np.argmax([likely[i, text] for text in group[:N]]))] for i, (a, group) in enumerate(zip(answers, texts))],
                 "weighted_voting": [weighted_vote(a[:N], r[:N]) for a, r in zip(answers, rewards)],
                 "majority_voting": [weighted_vote(a[:N], [1.0] * N) for a in answers],
                 "oracle": [weighted_vote(a[:N], p[:N]) for a, p in zip(answers, perfect)]}
@@ -264,7 +268,7 @@ def format_audit(result):
             lines.append(f"{words}, {truth.replace('_', ' '):<7} " + "  ".join(cells) + f"  same question and position: {'-' if same is None else format(same, '.2f')}")
     lines.append("\nright and different responses with a false step")
     lines += [f"  {name:<9} {100 * v['false_step']:5.1f} % of {v['responses']:,}" for name, v in result["selection"].items() if v["responses"]]
-    ways = ("best_of_n", "weighted_voting", "majority_voting", "oracle")
+    ways = ("best_of_n", "likeliest", "weighted_voting", "majority_voting", "oracle")
     lines.append(f"\naccuracy by N (greedy {100 * result['verifier']['greedy']:.1f})" + "".join(f"{way:>17}" for way in ways))
     lines += [f"  N = {N:<21}" + "".join(f"{100 * row[way]:17.1f}" for way in ways) for N, row in result["verifier"].items() if N != "greedy"]
     length = result["length"]

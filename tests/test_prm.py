@@ -172,7 +172,7 @@ def test_audit_of_a_perfect_and_of_a_reversed_prm(policy, world, monkeypatch):
     texts = [[w, w, g, l] for g, l, w in zip(good, lucky, wrong)]
 
     def fake(policy, prompts, tokenizer, *rest, **more):
-        return texts, [[type("R", (), {"tokens": tokenizer.response(text)}) for text in group] for group in texts]
+        return texts, [[type("R", (), {"tokens": tokenizer.response(text), "log_probs": [-1.0, -(j != 3)]}) for j, text in enumerate(group)] for group in texts]
 
     monkeypatch.setattr(prm, "sample_texts", fake)
     monkeypatch.setattr(prm, "grade_greedily", lambda *a: ["right"] * 3 + ["wrong"] * 3)
@@ -185,5 +185,6 @@ def test_audit_of_a_perfect_and_of_a_reversed_prm(policy, world, monkeypatch):
         assert result["scores"]["step"]["all"]["auc"] == (1 if direction == 1 else 0)
         assert result["selection"]["all"]["false_step"] == 0.5 and result["selection"]["top_1"]["false_step"] == (0 if direction == 1 else 1)
         assert result["verifier"][4]["best_of_n"] == (1 if direction == 1 else 0) and result["verifier"][4]["oracle"] == 1
-        assert result["verifier"][2] == {"best_of_n": 0, "weighted_voting": 0, "majority_voting": 0, "oracle": 0} and result["verifier"]["greedy"] == 0.5
+        assert result["verifier"][4]["likeliest"] == 1 and result["selection"]["likely_2"]["responses"] == 12
+        assert set(result["verifier"][2].values()) == {0} and len(result["verifier"][2]) == 5 and result["verifier"]["greedy"] == 0.5
         assert prm.format_audit(result)
