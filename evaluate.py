@@ -185,6 +185,32 @@ def format_table(rows):
     return "\n".join(lines)
 
 
+def print_report(report):
+    """The result of a run on screen: the table, the controls, and last the most important number."""
+    print(f"\n{format_table(report['rows'])}\n")
+    for row in report["rows"]:
+        print(f"{row['name']}: unparseable {share(row['unparseable'], 1)}, with shuffled images {share(row['shuffled_images'], 1)}")
+    print(f"always the template's most frequent answer: {share(report['controls']['most_frequent_answer'], 1)}")
+    print(f"{report['seconds'] / 60:.1f} minutes on {report['device']}")
+    others = sorted(report["gain_over"], key=lambda name: name == "+ warm-up")         # warm-up last
+    for key, words in (("ood", "out of domain"), ("id", "in domain")):
+        for name in others:
+            gain, low, high = report["gain_over"][name][key]
+            print(f"{report['method']} - {name}, {words}: {100 * gain:+.1f} points [{100 * low:+.1f}, {100 * high:+.1f}]")
+
+
+def share(part, whole):
+    """"12.3 %", or a dash where there is nothing to take a share of."""
+    return f"{100 * part / whole:.1f} %" if whole and part is not None else "-"
+
+
+def write_json(path, content):
+    """Write JSON beside its place and rename it into place: a file appears whole or not at all."""
+    part = Path(f"{path}.part")
+    part.write_text(json.dumps(content, indent=1))
+    part.replace(path)
+
+
 def main(argv=None):
     """Command line of this file: score the policy of a finished run again."""
     parser = argparse.ArgumentParser(description="Score a saved policy on the test and the testbeds.")

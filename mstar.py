@@ -31,7 +31,8 @@ import numpy as np
 import torch
 
 from data import TESTBEDS, Tokenizer, build_world, oracle, write_caption, write_reasoning
-from evaluate import (bootstrap_interval, evaluate_policy, format_table, grade, make_prompts, most_frequent_answer, paired_gain, reward_pass_at_k, sample_texts)
+from evaluate import (bootstrap_interval, evaluate_policy, grade, make_prompts, most_frequent_answer, paired_gain, print_report, reward_pass_at_k,
+                      sample_texts, share, write_json)
 from model import Example, ModelConfig, Policy, batches, fit, new_optimizers, save_policy
 from prm import label_steps, rerank, score, train_prm
 
@@ -177,7 +178,7 @@ def main(argv=None):
             save_policy(policy, out / "policy.safetensors", tokenizer.symbols)
     most_frequent = most_frequent_answer(world["labeled"], world["test"])
     report = write_report(out, " ".join(["python mstar.py", *argv]), cfg, preset, device, rows, iterations, prm_metrics, most_frequent, began)
-    print_result(report)
+    print_report(report)
     return report
 
 
@@ -456,13 +457,11 @@ def parse(argv):
         parser.error(f"--arms {cfg.arms}: --method {cfg.method} must be among them")
     if cfg.temperature != "adaptive" and not re.fullmatch(r"\d+(\.\d*)?|\.\d+", cfg.temperature):
         parser.error(f"--temperature {cfg.temperature}: must be a number of at least 0, or adaptive")
-    at_least = dict.fromkeys(("labeled", "validation", "test", "testbed", "width", "layers", "heads", "kv_heads", "vision_width", "vision_heads", "patch_size",
-                              "image_size", "batch_size", "lr_warmup_updates", "base_updates", "warmup_updates", "evolve_updates", "rollouts_per_question",
-                              "monitor_rollouts", "max_new_tokens", "keep_top", "sweep_every", "prm_questions", "prm_responses", "prm_rollouts", "warmup_rollouts", "warmup_questions", "base_images"), 1)
+    may_be_0 = ("seed", "world_seed", "base_arithmetic", "base_worked", "base_worked_with_answer", "base_caption_updates", "vision_layers")
     for f in fields(Config):
-        value = getattr(cfg, f.name)
-        if not isinstance(value, str) and (not math.isfinite(value) or value < at_least.get(f.name, 0)):
-            parser.error(f"--{f.name} {value}: must be at least {at_least.get(f.name, 0)}")
+        value, least = getattr(cfg, f.name), int(isinstance(f.default, int) and f.name not in may_be_0)
+        if not isinstance(value, str) and (not math.isfinite(value) or value < least):
+            parser.error(f"--{f.name} {value}: must be at least {least}")
     if not 0 < cfg.interval <= 1:
         parser.error(f"--interval {cfg.interval}: must be above 0 and at most 1, the share of the questions per iteration")
     if cfg.image_size % 64 or cfg.image_size % (2 * cfg.patch_size) or cfg.vision_width % (4 * cfg.vision_heads) or cfg.width % (2 * cfg.heads) or cfg.heads % cfg.kv_heads:
@@ -518,11 +517,6 @@ def announce(cfg, preset, out, device, policy, world):
     print(f"updates   {sum(updates.values()):,}: " + ", ".join(f"{name} {n:,}" for name, n in updates.items()) + f" ({', '.join(arms)}; {cfg.iterations} iterations)")
 
 
-def share(part, whole):
-    """"12.3 %", or a dash where there is nothing to take a share of."""
-    return f"{100 * part / whole:.1f} %" if whole and part is not None else "-"
-
-
 def log(out, metrics):
     """One line on screen and one in metrics.jsonl."""
     with open(out / "metrics.jsonl", "a") as file:
@@ -539,13 +533,6 @@ def log(out, metrics):
               f"T {metrics['temperature']} would give {share(sweep['current'], 1)}", flush=True)
 
 
-def write_json(path, content):
-    """Write JSON beside its place and rename it into place: a file appears whole or not at all."""
-    part = Path(f"{path}.part")
-    part.write_text(json.dumps(content, indent=1))
-    part.replace(path)
-
-
 def write_report(out, command, cfg, preset, device, rows, iterations, prm_metrics, most_frequent, began):
     """report.json: everything a table or figure is made from."""
     name = {row["name"]: row for row in rows}
@@ -554,22 +541,10 @@ def write_report(out, command, cfg, preset, device, rows, iterations, prm_metric
               "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
               "device": torch.cuda.get_device_name() if device == "cuda" else f"{device}, {platform.machine()}, {torch.get_num_threads()} threads",
               "seconds": round(time.time() - began, 1), "config": asdict(cfg), "rows": rows, "iterations": iterations, "prm": prm_metrics,
-              "controls": {"most_frequent_answer": most_frequent}, "gain_over_warmup": paired_gain(mine, name["+ warm-up"]),
+              "controls": {"most_frequent_answer": most_frequent},
               "gain_over": {row["name"]: paired_gain(mine, row) for row in rows if row is not mine}}
     write_json(out / "report.json", report)
     return report
-
-
-def print_result(report):
-    """The table, the controls, and last the most important number."""
-    print(f"\n{format_table(report['rows'])}\n")
-    for row in report["rows"]:
-        print(f"{row['name']}: unparseable {share(row['unparseable'], 1)}, with shuffled images {share(row['shuffled_images'], 1)}")
-    print(f"always the template's most frequent answer: {share(report['controls']['most_frequent_answer'], 1)}")
-    print(f"{report['seconds'] / 60:.1f} minutes on {report['device']}")
-    for key, words in (("ood", "out of domain"), ("id", "in domain")):
-        gain, low, high = report["gain_over_warmup"][key]
-        print(f"{report['method']} - warm-up, {words}: {100 * gain:+.1f} points [{100 * low:+.1f}, {100 * high:+.1f}]")
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from data import Tokenizer, build_world, oracle
-from evaluate import auc, balanced_accuracy, find_answer, grade, grade_greedily, make_prompts, sample_texts
+from evaluate import auc, balanced_accuracy, find_answer, grade, grade_greedily, make_prompts, sample_texts, write_json
 from model import Example, Policy, load_policy, pad_together
 
 
@@ -295,7 +295,7 @@ def main(argv=None):
         parser.exit(2, f"prm.py: {folder}/warmup.json: its vocabulary is not this version's; train again with python mstar.py\n")
     world = build_world(config["splits"], config["world_seed"])
     result = audit(policy, prm, labels, world["test"], world["labeled"], tokenizer, config["max_new_tokens"])
-    (folder / "audit.json").write_text(json.dumps(result, indent=1))
+    write_json(folder / "audit.json", result)
     print(format_audit(result))
     auc_so_far = result["scores"]["so_far"]["all"]["auc"]
     print(f"PRM scores against 'all steps so far are true': AUC {'-' if auc_so_far is None else round(auc_so_far, 3)}")
