@@ -191,8 +191,8 @@ def stage_base(cfg, policy, world, tokenizer):
     name (in trials without the latter, pi_0's readings were mostly true, but of the wrong thing); arithmetic facts;
     `base_worked_with_answer` worked examples with the answer in the prompt (that is how it can explain answers at warm-up)
     and `base_worked` asked like a test question. Captions first: in one trial of 1,200 updates, a diet mixed from the start
-    read prices at 55 % where captions first read them at 100 %. Long captions: with up to six facts asked for instead of three,
-    500 updates read as well as 700 (one trial)."""
+    read prices at 55 % where captions first read them at 100 %. Long captions and little arithmetic: 500 updates
+    with two to six facts asked for and 3,000 arithmetic texts read as well as 700 with one to three and 10,000 (one trial)."""
     rng = random.Random(seed_of(cfg, "base"))
     questions, worked = world["base"], cfg.base_worked + cfg.base_worked_with_answer
     prompts = make_prompts(questions, tokenizer, cfg.image_size)

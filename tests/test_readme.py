@@ -7,7 +7,7 @@ from statistics import mean
 from data import TASKS, TESTBEDS
 
 ROOT = Path(__file__).parent.parent
-REPORTS = [json.loads(path.read_text()) for path in sorted((ROOT / "results").glob("cpu-continuous-seed*.json"))]
+REPORTS = [json.loads(path.read_text()) for path in sorted((ROOT / "results").glob("cpu-mstar-seed*.json"))]
 
 
 def figures(row):
@@ -22,7 +22,7 @@ def test_the_result_table_is_the_mean_of_the_committed_runs():
         columns = zip(*(figures(report["rows"][i]) for report in REPORTS))
         assert rows[row["name"]].split(" | ") == [f"{100 * mean(column):.1f}" for column in columns], row["name"]
     for report in REPORTS:
-        for part, words in (("id", "in domain"), ("ood", "out of domain")):
-            gain, low, high = (100 * value for value in report["gain_over_warmup"][part])
-            assert f"{words} seed {report['seed']}: {gain:+.1f} [{low:+.1f}, {high:+.1f}]" in text
+        for name in ("+ warm-up", "continuous", "+ PRM re-rank"):
+            gains = [f"{100 * gain:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]" for gain, low, high in (report["gain_over"][name][part] for part in ("id", "ood"))]
+            assert f"| M-STaR over {name}, seed {report['seed']} | {gains[0]} | {gains[1]} |" in text
         assert f"{report['seconds'] / 60:.1f} minutes" in text
