@@ -125,7 +125,7 @@ def render(question, size=128):
             canvas[y:y + height:8 * u, x:x + width] = canvas[y:y + height, x:x + width:8 * u] = 255
         elif kind == "shape":
             row, column, name, colour = part
-            canvas[row * px:(row + 1) * px, column * px:(column + 1) * px][_stamp(name, px, hollow)] = colours[colour]
+            canvas[row * px:row * px + 9 * u, column * px:column * px + 9 * u][_stamp(name, 9 * u, hollow)] = colours[colour]
         else:
             row, column, *_, value = part
             square = canvas[row * px:(row + 1) * px, column * px:(column + 1) * px]
@@ -135,7 +135,7 @@ def render(question, size=128):
             else:
                 strength = (0.6, 0.4, 0.2)[column]                # a row fades from left to right
                 square[u // 2:-u // 2, u // 2:-u // 2] = strength * colours[part[2]] + (1 - strength) * 255
-                square[_stamp(str(value), px, False)] = ink
+                square[8 * u:, 8 * u:][_stamp(str(value), 8 * u, False)] = ink
     if "bar" in kinds:
         canvas[size - 2 * u:size - u, :max(p[1] + 1 for p in question.drawing if p[0] == "bar") * px] = ink
     if styled:

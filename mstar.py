@@ -79,8 +79,8 @@ class Config:
     base_worked: int = 200               # worked examples that are asked like a test question
     base_worked_with_answer: int = 6000  # worked examples with the answer in the prompt
     base_texts: int = 5                  # reasoning texts per worked example, by different routes
-    base_caption_updates: int = 1250      # first captions and arithmetic alone, then
-    base_updates: int = 1500             # all of it
+    base_caption_updates: int = 1200      # first captions and arithmetic alone, then
+    base_updates: int = 1300             # all of it
     base_lr: float = 3e-3                # of AdamW (embeddings, norms, biases)
     base_muon_lr: float = 2e-3           # of Muon (the matrices)
     # warm-up
@@ -107,7 +107,7 @@ class Config:
     passes: float = 2.0                  # how often each labeled question is asked in all
     rollouts_per_question: int = 8       # L; the paper: 16
     evolve_updates: int = 2400           # updates of all iterations together, equal for every method
-    evolve_lr: float = 1.5e-4            # constant, as in the paper
+    evolve_lr: float = 8e-5              # constant, as in the paper
     # everywhere
     batch_size: int = 32
     lr_warmup_updates: int = 20          # linear start of every learning-rate schedule
@@ -362,8 +362,11 @@ def false_steps(questions, kept):
 
 def monitor(cfg, policy, prm, world, tokenizer, iteration, temperature, sweep):
     """Metrics on the validation questions: one greedy response each and `monitor_rollouts` sampled ones, at `temperature` and, if
-    `sweep`, at every temperature of the grid: in one call, with the same random numbers at every temperature and iteration."""
+    `sweep`, at every temperature of the grid: in one call, with the same random numbers at every temperature and iteration.
+    pass@k is over all of a temperature's n responses. Reward-Pass@k is over as many as a training question gets, L, and the mean
+    of the n / L groups of that size: with twice the responses to choose from, hotter sampling would look better than it trains."""
     questions, n = world["validation"], cfg.monitor_rollouts
+    L = min(cfg.rollouts_per_question, n)
     grid = sorted({temperature, *GRID}) if sweep else [temperature]
     prompts = make_prompts(questions, tokenizer, cfg.image_size)
     texts, responses = sample_texts(policy, prompts, tokenizer, 1 + n * len(grid), torch.tensor([0.0] + [t for t in grid for _ in range(n)]), cfg.max_new_tokens,
@@ -377,8 +380,9 @@ def monitor(cfg, policy, prm, world, tokenizer, iteration, temperature, sweep):
     for i, t in enumerate(grid):
         these = slice(1 + n * i, 1 + n * (i + 1))
         surface[t] = {"pass_at_1": right[:, these].mean(axis=1), "pass_at_k": right[:, these].any(axis=1).astype(float)}
-        for k in sorted({k for k in (1, 2, 4, cfg.keep_top) if k <= n and prm}):
-            surface[t][f"reward_pass_at_{k}"] = np.array([reward_pass_at_k(r, s, k) for r, s in zip(right[:, these], rewards[:, these])])
+        for k in sorted({k for k in (1, 2, 4, cfg.keep_top) if k <= L and prm}):
+            groups = [slice(start, start + L) for start in range(these.start, these.stop - L + 1, L)]
+            surface[t][f"reward_pass_at_{k}"] = np.array([np.mean([reward_pass_at_k(r[g], s[g], k) for g in groups]) for r, s in zip(right, rewards)])
     now = slice(1 + n * grid.index(temperature), 1 + n * (grid.index(temperature) + 1))
     right_texts, _ = keep_right(questions, [group[now] for group in texts])
     sampled = [response for group in responses for response in group[now]]
@@ -391,19 +395,21 @@ def monitor(cfg, policy, prm, world, tokenizer, iteration, temperature, sweep):
                "unparseable": sum(group[now].count("unparseable") for group in grades) / len(sampled),
                "truncated": sum(not response.complete for response in sampled) / len(sampled)}
     if sweep:
-        aim = "pass_at_k" if cfg.adapt_by == "pass_at_k" else f"reward_pass_at_{min(cfg.keep_top, n)}"
+        aim = "pass_at_k" if cfg.adapt_by == "pass_at_k" else f"reward_pass_at_{min(cfg.keep_top, L)}"
         metrics["sweep"] = choose_temperature({t: values[aim] for t, values in surface.items()}, temperature) | {
             "aim": aim, "surface": {str(t): {name: float(v.mean()) for name, v in values.items()} for t, values in surface.items()}}
     return metrics
 
 
 def choose_temperature(values, current):
-    """The temperature of the largest mean. values: temperature -> value of each validation question. A tie, judged by equal
-    means, keeps the current temperature if it is among the best, else takes the best one closest to it."""
+    """The temperature of the largest mean, if it beats the current one; a tie keeps the current one, and it is a tie if the
+    difference, paired by question, is not above its own standard error. values: temperature -> value of each question."""
     means = {t: round(float(v.mean()), 9) for t, v in values.items()}
-    chosen = min((t for t in means if means[t] == max(means.values())), key=lambda t: (abs(t - current), t))
-    return {"chosen": chosen, "value": means[chosen], "ci95": bootstrap_interval([values[chosen]]), "current": means[current],
-            "gain_ci95": bootstrap_interval([values[chosen] - values[current]])}
+    best = min((t for t in means if means[t] == max(means.values())), key=lambda t: (abs(t - current), t))
+    gain = values[best] - values[current]
+    tie = means[best] - means[current] <= gain.std(ddof=1) / math.sqrt(len(gain)) if len(gain) > 1 else means[best] == means[current]
+    return {"chosen": current if tie else best, "best": best, "best_value": means[best], "best_ci95": bootstrap_interval([values[best]]),
+            "current_value": means[current], "gain_ci95": bootstrap_interval([gain])}
 
 
 # ---------------------------------------------------------------- small parts of the stages
@@ -529,9 +535,9 @@ def log(out, metrics):
           f"pass@{metrics['k']} {share(metrics['pass_at_k'], 1)}{rewarded}, false step in {share(metrics['false_step'], 1)} of right, distinct {metrics['distinct']:.2f}, "
           f"entropy {metrics['entropy']:.3f}, unparseable {share(metrics['unparseable'], 1)}, truncated {share(metrics['truncated'], 1)}{trained}, {metrics['seconds']:.0f} s", flush=True)
     if sweep := metrics.get("sweep"):
-        low, high = sweep["ci95"]
-        print(f"{metrics['arm']} {metrics['iteration']:>2}: sweep chose T {sweep['chosen']}: {sweep['aim']} {share(sweep['value'], 1)} [{100 * low:.1f}, {100 * high:.1f}]; "
-              f"T {metrics['temperature']} would give {share(sweep['current'], 1)}", flush=True)
+        low, high = sweep["best_ci95"]
+        print(f"{metrics['arm']} {metrics['iteration']:>2}: sweep chose T {sweep['chosen']}: {sweep['aim']} is best at T {sweep['best']}, {share(sweep['best_value'], 1)} "
+              f"[{100 * low:.1f}, {100 * high:.1f}]; T {metrics['temperature']} would give {share(sweep['current_value'], 1)}", flush=True)
 
 
 def write_report(out, command, cfg, preset, device, rows, iterations, prm_metrics, most_frequent, began):

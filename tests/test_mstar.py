@@ -182,12 +182,33 @@ def test_the_reward_of_a_response_is_its_lowest_step(prompts, tokenizer, monkeyp
 
 
 def test_the_best_temperature_wins_and_a_tie_keeps_the_current_one():
-    values = {t: np.array(v, float) for t, v in {0.3: [1, 0, 0], 0.7: [1, 1, 0], 1.0: [0, 1, 1], 1.3: [0, 0, 0]}.items()}
+    values = {t: np.tile(np.array(v, float), 20) for t, v in {0.3: [1, 0, 0], 0.7: [1, 1, 0], 1.0: [0, 1, 1], 1.3: [0, 0, 0]}.items()}
     assert mstar.choose_temperature(values, 1.0)["chosen"] == 1.0 and mstar.choose_temperature(values, 0.7)["chosen"] == 0.7
     assert mstar.choose_temperature(values, 0.3)["chosen"] == 0.7 and mstar.choose_temperature(values, 1.3)["chosen"] == 1.0
-    values[1.3] = np.ones(3)
+    values[1.3] = np.ones(60)
     chosen = mstar.choose_temperature(values, 1.0)
-    assert chosen["chosen"] == 1.3 and chosen["value"] == 1 and chosen["current"] == pytest.approx(2 / 3)
+    assert chosen["chosen"] == chosen["best"] == 1.3 and chosen["best_value"] == 1 and chosen["current_value"] == pytest.approx(2 / 3)
+    for won, lost, tie in ((2, 1, True), (8, 5, True), (9, 4, False), (3, 0, False), (5, 5, True)):      # won - lost against sqrt(won + lost)
+        current, other = np.array([0.0] * won + [1.0] * lost + [1.0] * 50), np.array([1.0] * won + [0.0] * lost + [1.0] * 50)
+        chosen = mstar.choose_temperature({1.0: current, 1.2: other}, 1.0)
+        assert chosen["chosen"] == (1.0 if tie else 1.2) and chosen["best"] == (1.2 if won > lost else 1.0)
+
+
+def test_reward_pass_is_over_as_many_responses_as_a_training_question_gets(policy, world, tokenizer, monkeypatch):
+    """n = 4 watched, L = 2 in training: the mean over the two pairs, counted by hand."""
+    cfg, _ = parse([*TINY, "--image_size", "64", "--patch_size", "8", "--monitor_rollouts", "4", "--rollouts_per_question", "2"])
+    small, rng = {"validation": world["validation"][:5]}, random.Random(2)
+    right = [[rng.random() < 0.4 for _ in range(5)] for _ in range(5)]
+    rewards = [[rng.random() for _ in range(5)] for _ in range(5)]
+    answers = [[f"answer: {q.answer + (not r)}" for r in row] for q, row in zip(small["validation"], right)]
+    responses = [[type("R", (), {"tokens": [i, j], "log_probs": [0.0], "complete": True}) for j in range(5)] for i in range(5)]
+    monkeypatch.setattr(mstar, "sample_texts", lambda *a, **k: (answers, responses))
+    monkeypatch.setattr(mstar, "score", lambda prm, prompts, tokens, tok: [[[1.0, rewards[i][j]] for i, j in group] for group in tokens])
+    metrics = mstar.monitor(cfg, policy, "a PRM", small, tokenizer, 0, 1.0, False)
+    best = [[max(pair, key=lambda j: rewards[i][j]) for pair in ((1, 2), (3, 4))] for i in range(5)]     # place 0 is the greedy one
+    assert metrics["reward_pass_at_1"] == pytest.approx(np.mean([right[i][j] for i in range(5) for j in best[i]]))
+    assert metrics["reward_pass_at_2"] == pytest.approx(np.mean([right[i][a] or right[i][a + 1] for i in range(5) for a in (1, 3)]))
+    assert metrics["pass_at_k"] == np.mean([any(row[1:]) for row in right]) and "reward_pass_at_4" not in metrics
 
 
 # ---------------------------------------------------------------- the whole run
