@@ -97,6 +97,7 @@ def render(question, size=128):
     Primitives, in cells of size/4 or units of size/64 pixels: ("bar", column, colour, height 1..9),
     ("rect", x, y, width, height, colour) on a grid of 8 x 8, ("shape", row, column, name, colour), ("item", row, column, name,
     colour, price 1..9): a small shape with its price beside it in one cell, ("cell", row, column, colour, value): a table cell.
+    Shapes have one size and one place in a cell, and so have digits: what is learned on items and prices serves groups and tables.
     `look` "style" changes palette, background, line width and adds noise; "layout" shifts, rotates and rescales the whole.
     Both are random, but the same for the same question."""
     if size % 64:

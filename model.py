@@ -230,7 +230,8 @@ class Policy(nn.Module):
 # ---------------------------------------------------------------- weights on disk
 
 def save_policy(policy, path, symbols):
-    """Write `path` (.safetensors) of a Policy, or of another network with a ModelConfig as `config`, and beside it a JSON with the sizes and the vocabulary. Each file appears whole or not at all."""
+    """Write `path` (.safetensors) of a Policy, or of another network with a ModelConfig as `config`, and beside it a JSON with the
+    sizes and the vocabulary. Each file appears whole or not at all."""
     path = Path(path)
     save_file({name: tensor.detach().cpu().contiguous() for name, tensor in policy.state_dict().items()}, f"{path}.part")
     description = {"model": asdict(policy.config), "vocabulary": list(symbols)}
@@ -317,7 +318,10 @@ def batches(examples, batch_size, rng, collate=collate, together=1):
         return len(examples[i].prompt) + len(examples[i].response)
 
     while True:
-        groups = [group[i:i + together] for members in of_image.values() for group in [rng.sample(members, len(members))] for i in range(0, len(group), together)]
+        groups = []
+        for members in of_image.values():
+            members = rng.sample(members, len(members))
+            groups += [members[i:i + together] for i in range(0, len(members), together)]
         order, window = [], []
         for group in rng.sample(groups, len(groups)):
             window.append(group)

@@ -280,8 +280,8 @@ def stage_prm(cfg, warm, world, tokenizer, out):
     prm, metrics = train_prm(warm, questions, labels, tokenizer, cfg.prm_labels)
     save_policy(prm, out / "prm.safetensors", tokenizer.symbols)
     write_json(out / "labels.json", [label._asdict() for label in labels])
-    print(f"PRM       on {metrics['steps']:,} steps of held-out questions: AUC {share(metrics['auc'], 1)}, balanced accuracy {share(metrics['balanced_accuracy'], 1)}, "
-          f"{share(metrics['good'], 1)} good steps, loss {metrics['loss']:.3f}", flush=True)
+    print(f"PRM       on {metrics['steps']:,} steps of held-out questions: AUC {share(metrics['auc'], 1)}, balanced accuracy "
+          f"{share(metrics['balanced_accuracy'], 1)}, {share(metrics['good'], 1)} good steps, loss {metrics['loss']:.3f}", flush=True)
     return prm, metrics
 
 
@@ -318,7 +318,8 @@ def self_evolve(cfg, arm, warm, prm, world, tokenizer, out):
             loss = train(policy, optimizers, schedules, as_examples(questions, kept, tokenizer, cfg), updates, cfg, f"iteration {iteration}: SFT")
             trained = {"queries": len(questions), "responses": counts["responses"], "correct": counts["right"], "right": len(right), "kept": len(kept),
                        "none_right": counts["none_right"], "all_right": counts["all_right"],
-                       "right_false_step": false_steps(questions, right) / max(1, len(right)), "kept_false_step": false_steps(questions, kept) / max(1, len(kept)),
+                       "right_false_step": false_steps(questions, right) / max(1, len(right)),
+                       "kept_false_step": false_steps(questions, kept) / max(1, len(kept)),
                        "updates": updates if kept else 0, "loss": loss}
         # 4. Watch exploitation (greedy) and exploration (pass@k) on validation questions; every other time, balance them: the
         #    temperature of the next responses becomes the one at which the PRM finds most to exploit
@@ -369,8 +370,9 @@ def monitor(cfg, policy, prm, world, tokenizer, iteration, temperature, sweep):
     L = min(cfg.rollouts_per_question, n)
     grid = sorted({temperature, *GRID}) if sweep else [temperature]
     prompts = make_prompts(questions, tokenizer, cfg.image_size)
-    texts, responses = sample_texts(policy, prompts, tokenizer, 1 + n * len(grid), torch.tensor([0.0] + [t for t in grid for _ in range(n)]), cfg.max_new_tokens,
-                                    seed_of(cfg, "monitor"), f"iteration {iteration}: validation", streams=[0, *list(range(1, n + 1)) * len(grid)])
+    temperatures = torch.tensor([0.0] + [t for t in grid for _ in range(n)])
+    texts, responses = sample_texts(policy, prompts, tokenizer, 1 + n * len(grid), temperatures, cfg.max_new_tokens, seed_of(cfg, "monitor"),
+                                    f"iteration {iteration}: validation", streams=[0, *list(range(1, n + 1)) * len(grid)])
     grades = [[grade(text, question.answer) for text in group] for group, question in zip(texts, questions)]
     right = np.array([[g == "right" for g in group] for group in grades])
     if prm:
@@ -471,8 +473,10 @@ def parse(argv):
             parser.error(f"--{f.name} {value}: must be at least {least}")
     if not 0 < cfg.interval <= 1:
         parser.error(f"--interval {cfg.interval}: must be above 0 and at most 1, the share of the questions per iteration")
-    if cfg.image_size % 64 or cfg.image_size % (2 * cfg.patch_size) or cfg.vision_width % (4 * cfg.vision_heads) or cfg.width % (2 * cfg.heads) or cfg.heads % cfg.kv_heads:
-        parser.error("--image_size must be a multiple of 64 and of twice --patch_size, --width of twice --heads, --heads of --kv_heads, --vision_width of 4 x --vision_heads")
+    for name, unit, words in (("image_size", 64, "64"), ("image_size", 2 * cfg.patch_size, "twice --patch_size"), ("width", 2 * cfg.heads, "twice --heads"),
+                              ("heads", cfg.kv_heads, "--kv_heads"), ("vision_width", 4 * cfg.vision_heads, "4 x --vision_heads")):
+        if getattr(cfg, name) % unit:
+            parser.error(f"--{name} {getattr(cfg, name)}: must be a multiple of {words}")
     return cfg, preset
 
 
@@ -512,7 +516,8 @@ def announce(cfg, preset, out, device, policy, world):
     sweeps = sum(len(range(0, loop.iterations, loop.sweep_every)) for loop in loops if loop.temperature == "adaptive")
     monitored = sum(loop.iterations + 1 for loop in loops)          # each time one greedy response and monitor_rollouts per temperature
     watching = monitored + cfg.monitor_rollouts * (monitored - sweeps + len(GRID) * sweeps)
-    sampled = {"warm-up": cfg.warmup_questions * cfg.warmup_rollouts, "PRM": f"{cfg.prm_questions * cfg.prm_responses:,} and {cfg.prm_rollouts} from each of their steps" if with_prm else 0,
+    sampled = {"warm-up": cfg.warmup_questions * cfg.warmup_rollouts,
+               "PRM": f"{cfg.prm_questions * cfg.prm_responses:,} and {cfg.prm_rollouts} from each of their steps" if with_prm else 0,
                "self-evolving": sum(loop.iterations * loop.queries * loop.rollouts_per_question for loop in loops),
                "watching": watching * cfg.validation, "tests": (2 + len(arms)) * (2 * cfg.test + 5 * cfg.testbed)}
     updates = {"base": cfg.base_caption_updates + cfg.base_updates, "warm-up": cfg.warmup_updates,
@@ -525,19 +530,22 @@ def announce(cfg, preset, out, device, policy, world):
 
 
 def log(out, metrics):
-    """One line on screen and one in metrics.jsonl."""
+    """One line on screen and one in metrics.jsonl, and a second line on screen about a sweep."""
     with open(out / "metrics.jsonl", "a") as file:
         file.write(json.dumps(metrics) + "\n")
-    trained = (f", kept {metrics['kept']:,} of {metrics['right']:,} right and different, {share(metrics['kept_false_step'], 1)} of them with a false step, "
-               f"loss {metrics['loss'] if metrics['loss'] is None else round(metrics['loss'], 3)}" if "kept" in metrics else "")
-    rewarded = "".join(f", Reward-Pass@{k} {share(metrics[f'reward_pass_at_{k}'], 1)}" for k in (2,) if f"reward_pass_at_{k}" in metrics)
-    print(f"{metrics['arm']} {metrics['iteration']:>2}: T {metrics['temperature']}, greedy {share(metrics['greedy_accuracy'], 1)}, pass@1 {share(metrics['pass_at_1'], 1)}, "
-          f"pass@{metrics['k']} {share(metrics['pass_at_k'], 1)}{rewarded}, false step in {share(metrics['false_step'], 1)} of right, distinct {metrics['distinct']:.2f}, "
-          f"entropy {metrics['entropy']:.3f}, unparseable {share(metrics['unparseable'], 1)}, truncated {share(metrics['truncated'], 1)}{trained}, {metrics['seconds']:.0f} s", flush=True)
-    if sweep := metrics.get("sweep"):
+    m, begin = metrics, f"{metrics['arm']} {metrics['iteration']:>2}: "
+    names = {"greedy_accuracy": "greedy", "pass_at_1": "pass@1", "pass_at_k": f"pass@{m['k']}", "reward_pass_at_2": "Reward-Pass@2",
+             "false_step": "right with a false step", "unparseable": "unparseable", "truncated": "truncated"}
+    parts = [f"T {m['temperature']}", *(f"{words} {share(m[name], 1)}" for name, words in names.items() if name in m),
+             f"distinct {m['distinct']:.2f}", f"entropy {m['entropy']:.3f}"]
+    if "kept" in m:
+        parts += [f"kept {m['kept']:,} of {m['right']:,} right and different, {share(m['kept_false_step'], 1)} of them with a false step",
+                  "no update" if m["loss"] is None else f"loss {m['loss']:.3f}"]
+    print(begin + ", ".join(parts) + f", {m['seconds']:.0f} s", flush=True)
+    if sweep := m.get("sweep"):
         low, high = sweep["best_ci95"]
-        print(f"{metrics['arm']} {metrics['iteration']:>2}: sweep chose T {sweep['chosen']}: {sweep['aim']} is best at T {sweep['best']}, {share(sweep['best_value'], 1)} "
-              f"[{100 * low:.1f}, {100 * high:.1f}]; T {metrics['temperature']} would give {share(sweep['current_value'], 1)}", flush=True)
+        print(f"{begin}sweep chose T {sweep['chosen']}: {sweep['aim']} is best at T {sweep['best']}, {share(sweep['best_value'], 1)} "
+              f"[{100 * low:.1f}, {100 * high:.1f}]; T {m['temperature']} would give {share(sweep['current_value'], 1)}", flush=True)
 
 
 def write_report(out, command, cfg, preset, device, rows, iterations, prm_metrics, most_frequent, began):

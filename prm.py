@@ -148,7 +148,8 @@ def train_prm(policy, questions, labels, tokenizer, how):
     scores = score(prm, [prompts[label.question] for label in held_out], [[label.tokens] for label in held_out], tokenizer)
     good = np.array([right > label.rollouts / 2 for label in held_out for right in label.right])
     scored = np.array([s for group in scores for s in group[0]])
-    return prm, {"steps": len(good), "good": float(good.mean()), "auc": auc(good, scored), "balanced_accuracy": balanced_accuracy(good, scored > 0.5), "loss": loss}
+    return prm, {"steps": len(good), "good": float(good.mean()), "auc": auc(good, scored),
+                 "balanced_accuracy": balanced_accuracy(good, scored > 0.5), "loss": loss}
 
 
 def score(prm, prompts, responses, tokenizer, rows=128):
