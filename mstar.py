@@ -468,7 +468,7 @@ def parse(argv):
         parser.error(f"--temperature {cfg.temperature}: must be a number of at least 0, or adaptive")
     may_be_0 = ("seed", "world_seed", "base_arithmetic", "base_worked", "base_worked_with_answer", "base_caption_updates", "vision_layers")
     for f in fields(Config):
-        value, least = getattr(cfg, f.name), int(isinstance(f.default, int) and f.name not in may_be_0)
+        value, least = getattr(cfg, f.name), 2 if f.name == "prm_questions" else int(isinstance(f.default, int) and f.name not in may_be_0)
         if not isinstance(value, str) and (not math.isfinite(value) or value < least):
             parser.error(f"--{f.name} {value}: must be at least {least}")
     if not 0 < cfg.interval <= 1:

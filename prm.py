@@ -120,7 +120,7 @@ class RewardModel(nn.Module):
 def train_prm(policy, questions, labels, tokenizer, how):
     """Train the PRM: binary cross-entropy of the head against the labels, all at once, to the end (a convex problem of five
     numbers). The labels of the last tenth of the questions are held out. Returns (RewardModel, metrics on the held-out steps:
-    a step counts as good if more than half of its rollouts were right)."""
+    a step counts as good if more than half of its rollouts were right). At least two questions are needed."""
     prm = RewardModel(policy.config).to(policy.device)
     prm.policy.load_state_dict(policy.state_dict())
     prompts = make_prompts(questions, tokenizer, policy.config.image_size)
@@ -130,7 +130,7 @@ def train_prm(policy, questions, labels, tokenizer, how):
     targets = torch.tensor([target for label in learned for target in estimate(label, how)], device=policy.device)
     if len({target > 0.5 for target in targets.tolist()}) < 2:
         print("PRM       all step labels are alike: nothing to tell apart, the scores will be of no use for ranking")
-    mean, spread = given.mean(dim=0), given.std(dim=0).clamp(min=1e-3)
+    mean, spread = given.mean(dim=0), given.std(dim=0, correction=0).clamp(min=1e-3)
     nn.init.zeros_(prm.head.weight)
     nn.init.zeros_(prm.head.bias)
     optimizer = torch.optim.LBFGS(prm.head.parameters(), max_iter=200, line_search_fn="strong_wolfe")

@@ -260,7 +260,7 @@ def test_a_finished_run_can_be_scored_again(two_runs, capsys):
     (["--preset", "huge"], "huge"), (["--method", "magic"], "magic"), (["--nonsense", "1"], "--nonsense"), (["--batch_size", "0"], "--batch_size"),
     (["--evolve_lr", "-0.1"], "--evolve_lr"), (["--seed", "x"], "--seed"), (["--image_size", "100"], "--image_size"), (["--device", "abacus"], "--device"),
     (["--temp", "1"], "--temp"), (["--temperature", "warm"], "--temperature"), (["--arms", "prm", "--method", "mstar"], "--arms"), (["--arms", "mstar,magic"], "magic"),
-    (["--keep_top", "0"], "--keep_top"), (["--select", "best"], "--select"), (["--adapt_by", "luck"], "--adapt_by"), (["--vision_width", "20"], "--vision_width"), (["--kv_heads", "0"], "--kv_heads")])
+    (["--keep_top", "0"], "--keep_top"), (["--prm_questions", "1"], "--prm_questions"), (["--select", "best"], "--select"), (["--adapt_by", "luck"], "--adapt_by"), (["--vision_width", "20"], "--vision_width"), (["--kv_heads", "0"], "--kv_heads")])
 def test_wrong_use_exits_2_with_one_line_and_writes_nothing(flags, named, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as stop:

@@ -122,6 +122,8 @@ def test_training_finds_the_rule_behind_the_labels(policy, world, reward_model, 
     learned, held_out = ({id(prompt.image) for prompt in prompts} for prompts in seen)
     assert len(learned) == 36 and len(held_out) == 4 and not learned & held_out
     assert all(torch.equal(a, b) for a, b in zip(policy.state_dict().values(), model.policy.state_dict().values()))       # only the head learns
+    train_prm(policy, questions[:2], [label for label in labels if label.question < 2][5:7], TOKENIZER, "soft")         # one response to learn from
+    capsys.readouterr()
     _, metrics = train_prm(policy, questions, [label._replace(right=[4] * 2) for label in labels], TOKENIZER, "soft")
     assert metrics["auc"] is None and "alike" in capsys.readouterr().out
 
