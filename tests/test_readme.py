@@ -7,7 +7,7 @@ from statistics import mean
 from data import TASKS, TESTBEDS
 
 ROOT = Path(__file__).parent.parent
-REPORTS = [json.loads(path.read_text()) for path in sorted((ROOT / "results").glob("cpu-mstar-seed*.json"))]
+REPORTS = [json.loads(path.read_text()) for path in sorted((ROOT / "results").glob("cpu-mstar-seed?.json"))]
 
 
 def figures(row):
