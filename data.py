@@ -244,8 +244,8 @@ SUM_OF_THREE = ("(a + b) + c", "(c + b) + a", "a + (b + c)")
 SMALL, DIGIT, PURSE = range(2, 7), range(2, 10), range(30, 100, 10)
 
 # In pictures where two numbers are easily taken for one another (widths, counts), they count differently in the answer: a - b,
-# (a * n) + (b * m). With plain sums there, a third of pi_0's right responses had read them the wrong way round, which cost
-# nothing, and no reward that is learned from answers can find an error that costs nothing.
+# (a * n) + (b * m). With plain sums there, three in ten of pi_0's right responses held a false step, mostly such a
+# reading the wrong way round: it cost nothing, and no reward that is learned from answers can find an error that costs nothing.
 IN_DOMAIN = (
     Template("FQA", "bars_two_minus_one", chart, ("(a + b) - c", "(a - c) + b", "a + (b - c)"), {},
              ("how much are {a} and {b} together minus {c}?", "add {a} and {b}, then take away {c}.", "what is {a} plus {b} minus {c}?",
