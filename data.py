@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFilter
 
 TASKS = ("FQA", "GPS", "MWP", "TQA", "VQA")                        # MathVista's columns
 TESTBEDS = ("style", "size", "layout", "compose", "wording")       # out of domain, one shift each
@@ -57,47 +57,44 @@ FONT = {0: "75557", 1: "26227", 2: "71747", 3: "71717", 4: "55711", 5: "74717", 
 
 
 @lru_cache(maxsize=None)
-def _stamp(name, px, hollow):
-    """(px, px) bool mask of a shape or digit in one cell. Shapes are drawn large and reduced, so that edges are even."""
+def _stamp(name, px, line=0):
+    """(px, px) bool masks of a shape or digit: all of it, and its outline, `line` pixels wide. Shapes are drawn large and reduced,
+    so that edges are even."""
     if name.isdigit():
         rows = [[int(octal) >> bit & 1 for bit in (2, 1, 0)] for octal in FONT[int(name)]]
         picture = Image.fromarray(np.array(rows, np.uint8) * 255).resize((px * 9 // 16, px * 14 // 16), Image.NEAREST)
-        cell = Image.new("L", (px, px))
-        cell.paste(picture, ((px - picture.width) // 2, (px - picture.height) // 2))
-        return np.array(cell) > 127
-    big = Image.new("L", (160, 160))
-    pen = ImageDraw.Draw(big)
-    paint = dict(fill=0 if hollow else 255, outline=255, width=26)
-    if name == "circle":
-        pen.ellipse((15, 15, 145, 145), **paint)
-    elif name == "square":
-        pen.rectangle((20, 20, 140, 140), **paint)
-    elif name == "triangle":
-        pen.polygon([(80, 10), (150, 145), (10, 145)], **paint)
-    elif name == "star":
-        spokes = [(80 + r * np.sin(k * np.pi / 5), 84 - r * np.cos(k * np.pi / 5)) for k, r in enumerate([76, 32] * 5)]
-        pen.polygon(spokes, **paint)
-    elif name == "heart":
-        for x in (12, 72):
-            pen.ellipse((x, 18, x + 76, 94), fill=255)
-        pen.polygon([(14, 70), (146, 70), (80, 150)], fill=255)
-        if hollow:
-            pen.polygon([(45, 62), (115, 62), (80, 108)], fill=0)
-    elif name == "cross":
-        pen.rectangle((58, 12, 102, 148), fill=255)
-        pen.rectangle((12, 58, 148, 102), fill=255)
-        if hollow:
-            pen.rectangle((68, 68, 92, 92), fill=0)
-    return np.array(big.resize((px, px), Image.BOX)) > 110
+        small = Image.new("L", (px, px))
+        small.paste(picture, ((px - picture.width) // 2, (px - picture.height) // 2))
+    else:
+        big = Image.new("L", (160, 160))
+        pen = ImageDraw.Draw(big)
+        if name == "circle":
+            pen.ellipse((8, 8, 152, 152), fill=255)
+        elif name == "square":
+            pen.rectangle((14, 14, 146, 146), fill=255)
+        elif name == "triangle":
+            pen.polygon([(80, 5), (155, 150), (5, 150)], fill=255)
+        elif name == "star":
+            pen.polygon([(80 + r * np.sin(k * np.pi / 5), 84 - r * np.cos(k * np.pi / 5)) for k, r in enumerate([80, 34] * 5)], fill=255)
+        elif name == "heart":
+            for x in (8, 76):
+                pen.ellipse((x, 12, x + 76, 88), fill=255)
+            pen.polygon([(11, 66), (149, 66), (80, 154)], fill=255)
+        elif name == "cross":
+            pen.line((18, 18, 142, 142), fill=255, width=44)
+            pen.line((18, 142, 142, 18), fill=255, width=44)
+        small = big.resize((px, px), Image.BOX)
+    mask, inside = np.array(small) > 110, np.array(small.filter(ImageFilter.MinFilter(2 * line + 1))) > 110
+    return mask, mask & ~inside
 
 
 def render(question, size=128):
     """Draw a question's picture: (size, size, 3) uint8. `size` must be a multiple of 64.
 
-    Primitives, in cells of size/4 or units of size/64 pixels: ("bar", column, colour, height 1..9),
-    ("rect", x, y, width, height, colour) on a grid of 8 x 8, ("shape", row, column, name, colour), ("item", row, column, name,
-    colour, price 1..9): a small shape with its price beside it in one cell, ("cell", row, column, colour, value): a table cell.
-    Shapes have one size and one place in a cell, and so have digits: what is learned on items and prices serves groups and tables.
+    The canvas is a grid of 4 x 4 cells, each of 2 x 2 squares; a square is 8 units of size/64 pixels. Shapes and digits fill one
+    square, so that what is learned about them in one kind of picture serves the others. Primitives: ("bar", column of cells,
+    colour, height 1..9), ("rect", x, y, width, height, colour) in squares, ("shape", y, x, name, colour) in one square, ("item", row,
+    column, name, colour, price 1..9): in one cell a shape and its price, ("cell", row, column, colour, value): a table cell.
     `look` "style" changes palette, background, line width and adds noise; "layout" shifts, rotates and rescales the whole.
     Both are random, but the same for the same question."""
     if size % 64:
@@ -112,6 +109,15 @@ def render(question, size=128):
     ink = chance.integers(0, 70, 3) if styled else np.array((20, 20, 20))
     hollow = styled and bool(chance.random() < 0.5)
     kinds = {part[0] for part in question.drawing}
+
+    def square(y, x):
+        return canvas[y * 8 * u:(y + 1) * 8 * u, x * 8 * u:(x + 1) * 8 * u]
+
+    def draw_shape(y, x, name, colour):                            # its dark outline is the same in all colours
+        mask, outline = _stamp(name, 8 * u, u if hollow else max(1, u // 2))
+        square(y, x)[mask] = square(y, x)[-1, -1] if hollow else colours[colour]
+        square(y, x)[outline] = colours[colour] if hollow else ink
+
     if "rect" in kinds:                                            # the faint grid that sides are counted on
         canvas[::8 * u] = canvas[:, ::8 * u] = 215
     for kind, *part in question.drawing:
@@ -125,18 +131,16 @@ def render(question, size=128):
             canvas[y:y + height, x:x + width] = colours[colour]
             canvas[y:y + height:8 * u, x:x + width] = canvas[y:y + height, x:x + width:8 * u] = 255
         elif kind == "shape":
-            row, column, name, colour = part
-            canvas[row * px:row * px + 9 * u, column * px:column * px + 9 * u][_stamp(name, 9 * u, hollow)] = colours[colour]
+            draw_shape(*part)
         else:
             row, column, *_, value = part
-            square = canvas[row * px:(row + 1) * px, column * px:(column + 1) * px]
             if kind == "item":
-                square[:9 * u, :9 * u][_stamp(part[2], 9 * u, hollow)] = colours[part[3]]
-                square[8 * u:, 8 * u:][_stamp(str(value), 8 * u, False)] = ink
+                draw_shape(2 * row, 2 * column, *part[2:4])
             else:
                 strength = (0.6, 0.4, 0.2)[column]                # a row fades from left to right
-                square[u // 2:-u // 2, u // 2:-u // 2] = strength * colours[part[2]] + (1 - strength) * 255
-                square[8 * u:, 8 * u:][_stamp(str(value), 8 * u, False)] = ink
+                for y, x in ((0, 0), (0, 1), (1, 0)):
+                    square(2 * row + y, 2 * column + x)[:] = strength * colours[part[2]] + (1 - strength) * 255
+            square(2 * row + 1, 2 * column + 1)[_stamp(str(value), 8 * u)[0]] = ink
     if "bar" in kinds:
         canvas[size - 2 * u:size - u, :max(p[1] + 1 for p in question.drawing if p[0] == "bar") * px] = ink
     if styled:
@@ -166,12 +170,14 @@ def chart(rng, extreme=False, columns=4):
     return drawing, facts, slots, slots
 
 
-def rectangle(rng, longest=4, columns=8):
-    """A rectangle of two colours on a grid: widths a and b, common height h."""
-    (a, b), w, v, h = rng.sample(list(COLOURS), 2), rng.randint(1, longest), rng.randint(1, longest), rng.randint(2, 7)
-    x, y = rng.randint(0, columns - w - v), rng.randint(0, 8 - h)
-    facts = {f"{a} width": w, f"{b} width": v, "height": h}
-    return [("rect", x, y, w, h, a), ("rect", x + w, y, v, h, b)], facts, dict(zip("abh", facts)), dict(a=a, b=b)
+def rectangles(rng, longest=4, columns=8):
+    """Two rectangles on the ground: widths a and b, heights h and k."""
+    drawing, facts, pair = [], {}, rng.sample(list(COLOURS), 2)
+    for colour, x in zip(pair, rng.sample((0, columns // 2), 2)):
+        width, height = rng.randint(1, longest), rng.randint(2, 7)
+        drawing.append(("rect", x, 8 - height, width, height, colour))
+        facts |= {f"{colour} width": width, f"{colour} height": height}
+    return sorted(drawing), facts, dict(zip("ahbk", facts)), dict(zip("ab", pair))
 
 
 def shop(rng, items=None, rows=range(4), columns=range(4)):
@@ -202,15 +208,17 @@ def table(rng, pick):
 
 
 def groups(rng, colours, pick, rows=range(4)):
-    """Each row holds one group of equal objects. `colours` says how often each colour comes. `pick`: a, b, c are any groups
+    """Groups of one to four equal shapes, each group in a cell. `colours` says how often each colour comes. `pick`: a, b, c are any groups
     ("shape"), or the groups "in" the first colour, called x; in words they are called by their shape."""
     names = rng.sample(list(COLOURS), len(colours))
     each = rng.sample([name for name, times in zip(names, colours) for _ in range(times)], sum(colours))
     drawing, facts = [], {}
-    for row, colour, shape in zip(rows, each, rng.sample(SHAPES, len(each))):
-        places = rng.sample(range(4), rng.randint(1, 4))
-        drawing += [("shape", row, column, shape, colour) for column in sorted(places)]
-        facts[f"{colour} {shape}"] = len(places)
+    cells = rng.sample([(row, column) for row in rows for column in range(4)], len(each))
+    for (row, column), colour, shape in zip(cells, each, rng.sample(SHAPES, len(each))):
+        corners = rng.sample([(0, 0), (0, 1), (1, 0), (1, 1)], rng.randint(1, 4))
+        drawing += [("shape", 2 * row + y, 2 * column + x, shape, colour) for y, x in corners]
+        facts[f"{colour} {shape}"] = len(corners)
+    drawing.sort()
     named = [group for group in facts if pick == "shape" or group.startswith(names[0])]
     slots = dict(zip("abcd", rng.sample(named, len(named))))
     return drawing, facts, slots, {"x": names[0]} | {letter: group.split()[1] for letter, group in slots.items()}
@@ -243,9 +251,9 @@ class Template(NamedTuple):
 SUM_OF_THREE = ("(a + b) + c", "(c + b) + a", "a + (b + c)")
 SMALL, DIGIT, PURSE = range(2, 7), range(2, 10), range(30, 100, 10)
 
-# In pictures where two numbers are easily taken for one another (widths, counts), they count differently in the answer: a - b,
-# (a * n) + (b * m). With plain sums there, three in ten of pi_0's right responses held a false step, mostly such a
-# reading the wrong way round: it cost nothing, and no reward that is learned from answers can find an error that costs nothing.
+# Two numbers of one kind (areas, counts, prices) count differently in the answer where they can: a - b, (a * n) + (b * m). In an
+# earlier world of plain sums, three in ten of pi_0's right responses held a false step, mostly such a reading the wrong way
+# round: it cost nothing, and no reward that is learned from answers can find an error that costs nothing.
 IN_DOMAIN = (
     Template("FQA", "bars_two_minus_one", chart, ("(a + b) - c", "(a - c) + b", "a + (b - c)"), {},
              ("how much are {a} and {b} together minus {c}?", "add {a} and {b}, then take away {c}.", "what is {a} plus {b} minus {c}?",
@@ -259,13 +267,13 @@ IN_DOMAIN = (
     Template("FQA", "bars_extreme", partial(chart, extreme=True), ("e * n",), dict(n=DIGIT),
              ("what is {n} times the {e} bar?", "multiply the {e} bar by {n}.", "how much is the {e} bar times {n}?",
               "take the {e} bar {n} times.")),
-    Template("GPS", "perimeter", rectangle, ("(a + h) * 2", "(a * 2) + (h * 2)"), {},
+    Template("GPS", "perimeter", rectangles, ("(a + h) * 2", "(h + a) * 2", "(a * 2) + (h * 2)"), {},
              ("what is the perimeter of {a}?", "how long is the line around {a}?", "find the perimeter of the {a} rectangle.",
               "how long is the line around the {a} rectangle?")),
-    Template("GPS", "area_of_copies", rectangle, ("((b * n) + a) * h", "(a * h) + ((b * h) * n)"), dict(n=range(2, 4)),
+    Template("GPS", "area_of_copies", rectangles, ("(a * h) + ((b * k) * n)", "((b * k) * n) + (a * h)"), dict(n=range(2, 4)),
              ("what is the area of one {a} and {n} {b} together?", "find the area of one {a} and {n} {b}.",
               "how many squares fill one {a} and {n} {b}?", "one {a} and {n} {b} together fill how many squares?")),
-    Template("GPS", "area_difference", rectangle, ("(a - b) * h", "(a * h) - (b * h)"), {},
+    Template("GPS", "area_difference", rectangles, ("(a * h) - (b * k)", "(h * a) - (k * b)"), {},
              ("how much larger is the area of {a} than {b}?", "how many more squares fill {a} than {b}?",
               "take the area of {b} away from the area of {a}.", "what is the area of {a} minus the area of {b}?")),
     Template("MWP", "buy_two_kinds", shop, ("(a * n) + (b * m)", "(b * m) + (a * n)"), dict(n=SMALL, m=SMALL),
@@ -304,7 +312,7 @@ IN_DOMAIN = (
 SIZE = (                                                           # longer chains and larger numbers, one template a task
     Template("FQA", "bars_three_scaled", chart, ("((a + b) + c) * n", "((a * n) + (b * n)) + (c * n)"), dict(n=range(2, 6)),
              ("each unit is {n} cars. how many cars are {a} and {b} and {c} together?", "")),
-    Template("GPS", "area_of_all_copies", rectangle, ("((a * n) + (b * m)) * h", "((a * h) * n) + ((b * h) * m)"), dict(n=range(2, 4), m=range(2, 4)),
+    Template("GPS", "area_of_all_copies", rectangles, ("((a * h) * n) + ((b * k) * m)", "((b * k) * m) + ((a * h) * n)"), dict(n=range(2, 4), m=range(2, 4)),
              ("what is the area of {n} {a} and {m} {b} together?", "")),
     Template("MWP", "buy_three_kinds", partial(shop, items=6), ("((a * n) + (b * m)) + (c * k)", "(a * n) + ((b * m) + (c * k))"), dict(n=SMALL, m=SMALL, k=SMALL),
              ("what do {n} {as} and {m} {bs} and {k} {cs} cost?", "")),
@@ -316,7 +324,7 @@ SIZE = (                                                           # longer chai
 COMPOSE = (                                                        # two hops, each of another task type; filed under the first
     Template("FQA", "bars_priced", partial(with_shop, scene=partial(chart, columns=2), columns=(2, 3)), ("(a + b) * p", "(a * p) + (b * p)"), {},
              ("for each unit of {a} and {b} you pay one {p}. how much do you pay?", "")),
-    Template("GPS", "area_and_price", partial(with_shop, scene=partial(rectangle, longest=2, columns=4), columns=(2, 3)), ("(a * h) + p", "p + (a * h)"), {},
+    Template("GPS", "area_and_price", partial(with_shop, scene=partial(rectangles, longest=2, columns=4), columns=(2, 3)), ("(a * h) + p", "p + (a * h)"), {},
              ("what is the area of {a} plus the cost of one {p}?", "")),
     Template("VQA", "groups_priced", partial(with_shop, scene=partial(groups, colours=(2,), pick="in", rows=range(2)), rows=(2, 3)),
              ("(a + b) * p", "(a * p) + (b * p)"), {}, ("you pay one {p} for each {x} shape. how much do you pay?", "")),

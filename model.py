@@ -42,7 +42,7 @@ class ModelConfig:
     width: int = 128
     layers: int = 3
     heads: int = 4
-    kv_heads: int = 2             # grouped-query attention: heads / kv_heads query heads share one key/value head
+    kv_heads: int = 4             # fewer than heads: grouped-query attention, heads / kv_heads query heads share one key/value head
     rope_theta: float = 10_000.0
 
 

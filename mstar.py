@@ -72,15 +72,15 @@ class Config:
     width: int = 128
     layers: int = 3
     heads: int = 4
-    kv_heads: int = 2
+    kv_heads: int = 4
     # base: what the pretrained LMM of the paper has and ours must learn first
     base_images: int = 10000             # captioned pictures; no question of another split shares a picture with them
     base_arithmetic: int = 5000          # texts of five arithmetic facts
     base_worked: int = 200               # worked examples that are asked like a test question
     base_worked_with_answer: int = 6000  # worked examples with the answer in the prompt
     base_texts: int = 5                  # reasoning texts per worked example, by different routes
-    base_caption_updates: int = 1200     # first captions and arithmetic alone, then
-    base_updates: int = 1300             # all of it
+    base_caption_updates: int = 800      # first captions and arithmetic alone, then
+    base_updates: int = 1000             # all of it
     base_lr: float = 3e-3                # of AdamW (embeddings, norms, biases)
     base_muon_lr: float = 2e-3           # of Muon (the matrices)
     # warm-up
@@ -107,7 +107,7 @@ class Config:
     passes: float = 2.0                  # how often each labeled question is asked in all
     rollouts_per_question: int = 8       # L; the paper: 16
     evolve_updates: int = 2400           # updates of all iterations together, equal for every method
-    evolve_lr: float = 8e-5              # constant, as in the paper
+    evolve_lr: float = 1e-4              # constant, as in the paper
     # everywhere
     batch_size: int = 32
     lr_warmup_updates: int = 20          # linear start of every learning-rate schedule
@@ -139,7 +139,7 @@ PRESETS = {
                  warmup_questions=10, warmup_rollouts=2, warmup_updates=3, prm_questions=20, prm_rollouts=2, passes=0.5, rollouts_per_question=2, evolve_updates=4,
                  batch_size=8, lr_warmup_updates=2, monitor_rollouts=4),
     # sized on paper for one GPU of 16-24 GB and an hour; not measured yet
-    "gpu": dict(labeled=20000, patch_size=8, vision_width=256, vision_layers=4, vision_heads=4, width=384, layers=6, heads=6,
+    "gpu": dict(labeled=20000, patch_size=8, vision_width=256, vision_layers=4, vision_heads=4, width=384, layers=6, heads=6, kv_heads=6,
                 base_images=40000, base_arithmetic=20000, base_caption_updates=2000, base_updates=1500, base_lr=1e-3, base_muon_lr=2e-3,
                 warmup_questions=5000, warmup_lr=3e-4, rollouts_per_question=16, evolve_updates=6000, evolve_lr=5e-5, batch_size=128),
 }

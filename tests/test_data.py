@@ -2,6 +2,7 @@
 import random
 import re
 from dataclasses import replace
+from itertools import combinations
 
 import numpy as np
 import pytest
@@ -106,8 +107,15 @@ def test_picture_shows_every_fact(world):
         for i in range(len(question.drawing)):
             without = replace(question, drawing=question.drawing[:i] + question.drawing[i + 1:])
             assert (render(without, 64) != whole).any()
-    digits = [data._stamp(str(value), 16, False) for value in range(10)]
-    assert len({digit.tobytes() for digit in digits}) == 10
+
+
+def test_shapes_and_digits_look_different():
+    for names, least in ((data.SHAPES, 0.1), ("0123456789", 0.01)):
+        masks = [data._stamp(name, 16)[0] for name in names]
+        for a, b in combinations(masks, 2):
+            assert (a != b).mean() > least
+    mask, outline = data._stamp("heart", 16, 1)
+    assert 0 < outline.sum() < mask.sum() and not (outline & ~mask).any()
 
 
 def test_render_sizes(world):
