@@ -11,13 +11,17 @@ Run:      nothing by itself; `fit` is the only entrance for training, `sample` f
 Letters in shape comments: B batch rows, P image patches, I image tokens, T text tokens, S cached tokens, C width, H heads,
 G key/value heads, D = C / H, V vocabulary, Q questions, L rollouts per question.
 """
+import argparse
 import json
 import math
+import platform
+import random
 import time
 from collections import defaultdict
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
-from itertools import accumulate, pairwise
+from itertools import accumulate, islice, repeat
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,6 +31,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 from tqdm import tqdm
+
+
+# On a CPU the work is cut into parts for Python threads with one torch thread each (torch releases Python's lock while it computes).
+# Threads inside a matrix product wait for one another by spinning, and next to a busy neighbour that took 22 to 26 times as long.
+# What is computed together does not depend on the number of workers: neither do the results, to the bit.
+WORKERS = torch.get_num_threads()                                  # as many as cores, or OMP_NUM_THREADS
+torch.set_num_threads(1)
 
 
 @dataclass(frozen=True)
@@ -145,16 +156,36 @@ class DecoderBlock(nn.Module):
         attended = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, enable_gqa=True)
         return self.finish(x, attended), k, v
 
-    def decode(self, x, cos, sin, keys, values, column, bias):
-        """One new token per row: x (B, 1, C). Writes its key and value into each row's own cache column, column (B,), and
-        adds `bias` (B, 1, 1, S), 0 or -inf, to the attention scores. keys, values (B, G, S, D) are changed in place: they are the cache."""
+    def decode(self, x, cos, sin, prefix, suffix, place):
+        """One new token per row: x (B, 1, C). A row attends to its question's image and prompt, prefix = (keys, values) (N, G, P, D),
+        and to what was written in the row, suffix = (keys, values) (B, G, S, D), in one softmax. The token's own key and value
+        become the suffix's last column, which is written here: it is the cache. place: see `Place`."""
         q, k, v = self.project(x, cos, sin)
-        every = torch.arange(len(x), device=x.device)
-        keys[every, :, column], values[every, :, column] = k[:, :, 0], v[:, :, 0]
-        # query heads that share a key/value head stand as H/G "positions" of it, so nothing is copied per query head
-        q = q.view(q.shape[0], self.kv_heads, -1, self.head_dim)   # (B, G, H/G, D)
-        attended = F.scaled_dot_product_attention(q, keys, values, attn_mask=bias.type_as(q))
-        return self.finish(x, attended.reshape(x.shape[0], self.heads, 1, self.head_dim))
+        (prefix_keys, prefix_values), (keys, values) = prefix, suffix
+        keys[:, :, -1], values[:, :, -1] = k[:, :, 0], v[:, :, 0]
+        # query heads that share a key/value head stand side by side as its "positions", so nothing is copied per query head
+        q = q.view(len(x), self.kv_heads, -1, self.head_dim) * self.head_dim ** -0.5                           # (B, G, H/G, D)
+        # plain products: scaled_dot_product_attention takes three times as long on a CPU when there is one query per head
+        scores = torch.cat([place.with_question(q, prefix_keys.mT) + place.bias, (keys @ q.mT).mT], dim=-1)
+        weights = scores.softmax(dim=-1).type_as(v)
+        attended = place.with_question(weights[..., :-keys.shape[2]], prefix_values) + weights[..., -keys.shape[2]:] @ values
+        return self.finish(x, attended.view(len(x), self.heads, 1, self.head_dim))
+
+
+class Place(NamedTuple):
+    """Where the rows of a decode step belong, the same for all layers."""
+    owner: torch.Tensor           # (B,) the number of each row's question
+    rank: torch.Tensor            # (B,) the number of the row among its question's rows
+    shape: tuple                  # N questions, most rows of one
+    bias: torch.Tensor            # (B, 1, 1, P) 0, or -inf on the padding of a prompt
+
+    def with_question(self, rows, matrices):
+        """rows (B, G, H/G, X) times the matrix (N, G, X, Y) of each row's question -> (B, G, H/G, Y). All rows of a question go
+        into one product: its matrix is read once, not once per row."""
+        side_by_side = rows.new_zeros(*self.shape, *rows.shape[1:])
+        side_by_side[self.owner, self.rank] = rows
+        product = side_by_side.transpose(1, 2).flatten(2, 3) @ matrices                                        # (N, G, most rows x H/G, Y)
+        return product.unflatten(2, (self.shape[1], -1)).transpose(1, 2)[self.owner, self.rank]
 
 
 class Policy(nn.Module):
@@ -263,24 +294,36 @@ class Example(NamedTuple):
 
 
 def fit(model, optimizers, schedules, stream, updates, title):
-    """The training loop of every stage: `updates` optimizer updates on `model.loss(*batch)` of the next batches of `stream`.
-    Returns the mean loss of the last 100. FloatingPointError names the update whose loss is not a finite number."""
-    losses, began, read = [], time.time(), 0
-    with tqdm(total=updates, desc=title, unit=" updates", leave=False, mininterval=1) as bar:
+    """The training loop of every stage: `updates` optimizer updates on `model.loss` of the next batches of `stream` (lists of Example).
+    On a CPU a batch is cut in two parts of about as many tokens, for two threads; the sum of their gradients is the gradient of
+    the batch, and the same whether one worker does both. Returns the mean loss of the last 100 updates.
+    FloatingPointError names the update whose loss or gradient is not a finite number; that update is not made."""
+    parameters, losses, began, read = list(model.parameters()), [], time.time(), 0
+
+    def gradient(part, total):
+        """(loss, token positions, gradients) of a part of a batch with `total` response tokens: its share of the batch's mean loss."""
+        batch = [tensor.to(model.device) for tensor in collate(part)]
+        with model.precision():
+            loss = model.loss(*batch) * (sum(len(example.response) for example in part) / total)
+        return loss.item(), batch[1].numel(), torch.autograd.grad(loss, parameters)
+
+    with ThreadPoolExecutor(WORKERS) as pool, tqdm(total=updates, desc=title, unit=" updates", leave=False, mininterval=1) as bar:
         for _ in range(updates):
-            batch = [part.to(model.device) for part in next(stream)]
-            with model.precision():
-                loss = model.loss(*batch)
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            examples = next(stream)
+            reach = list(accumulate(len(example.prompt) + len(example.response) for example in examples))
+            half = next(i for i, tokens in enumerate(reach, 1) if 2 * tokens >= reach[-1]) if model.device.type == "cpu" else len(examples)
+            total = sum(len(example.response) for example in examples)
+            found = list(pool.map(gradient, filter(None, (examples[:half], examples[half:])), repeat(total)))
+            for parameter, *gradients in zip(parameters, *(gradients for _, _, gradients in found)):
+                parameter.grad = sum(gradients)
+            losses.append(sum(loss for loss, _, _ in found))
+            norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+            if not math.isfinite(losses[-1] + norm.item()):
+                raise FloatingPointError(f"{title}: the loss or gradient of update {len(losses)} is not a finite number")
             for optimizer, schedule in zip(optimizers, schedules):
                 optimizer.step()
                 schedule.step()
-                optimizer.zero_grad()
-            losses.append(loss.item())
-            if not math.isfinite(losses[-1]):
-                raise FloatingPointError(f"{title}: the loss of update {len(losses)} is not a finite number")
-            read += batch[1].numel()
+            read += sum(tokens for _, tokens, _ in found)
             bar.set_postfix_str(f"loss {losses[-1]:.3f}, {read / (time.time() - began):,.0f} tokens/s", refresh=False)
             bar.update()
     return sum(losses[-100:]) / len(losses[-100:]) if losses else None
@@ -306,8 +349,8 @@ def pad_together(examples):
     return images, ids, owner
 
 
-def batches(examples, batch_size, rng, collate=collate, together=1):
-    """Endless batches of `collate`, every example once per pass. Up to `together` examples of one image are neighbours, so
+def batches(examples, batch_size, rng, together=1):
+    """Endless batches (lists of Example), every example once per pass. Up to `together` examples of one image are neighbours, so
     that the image is read once for them; such groups are sorted by length within windows of two batches: less padding, and a
     batch still mixes task types. (Longer windows would pad less, but fill a batch with one task type; not measured.)"""
     of_image = defaultdict(list)
@@ -330,7 +373,7 @@ def batches(examples, batch_size, rng, collate=collate, together=1):
                 window = []
         order = [i for group in order + window for i in group]
         for start in rng.sample(range(0, len(order), batch_size), math.ceil(len(order) / batch_size)):
-            yield collate([examples[i] for i in order[start:start + batch_size]])
+            yield [examples[i] for i in order[start:start + batch_size]]
 
 
 def new_optimizers(policy, lr, lr_warmup_updates, muon_lr=0.0, decay_over=0):
@@ -410,88 +453,88 @@ def draw(logits, temperature, uniform, forced):
     return tokens, log_probs.gather(1, tokens[:, None])[:, 0]
 
 
-@torch.inference_mode()
 def sample(policy, prompts, rollouts_per_question, temperature, max_new_tokens, seed, end_token, prefixes=None, streams=None, rows=None, progress=None):
     """Sample responses: list (Q) of Prompt -> list (Q) of lists (L = rollouts_per_question) of Response.
 
-    Responses of a question that have the same tokens so far share one row of the batch, whatever their temperature: one
-    forward pass and one cache entry for all of them, until they draw different tokens; then each branch goes on in a row of
-    its own. A row that no response is in any more is given to the next branch or the next waiting question.
+    Questions go through in batches (`_sample_batch`). Responses of a question that have the same tokens so far share one row of
+    the batch, whatever their temperature: one forward pass and one cache entry for all of them, until they draw different
+    tokens; then each branch goes on in a row of its own. Rows that no response is in any more are not computed.
 
     temperature: a number, or anything that broadcasts to (Q, L), so that one call can mix temperatures. 0 is greedy.
     seed: response l of question q draws its token t with uniform number (q, streams[l], t) of one seeded table. The same seed
-        gives the same responses whatever `rows` is, up to the floating-point order of the matrix products.
+        gives the same responses with any number of workers, and whatever `rows` is up to the order of floating-point sums.
     prefixes: for each question a list of token lists. Each of them is continued L times, and the question's responses are
         those of its first prefix, then those of its second ... The prefix is part of a response and of max_new_tokens.
     streams: L integers, by default 0 .. L-1: responses of a question with the same stream draw with the same random numbers
         (a sweep over temperatures with common random numbers).
-    rows: how many responses are in work at a time. The cache has that many rows, so its size is known before the start:
-        2 x layers x rows x kv_heads x (image + longest prompt + max_new_tokens) x head_dim numbers. By default 1024 on a CPU,
-        4096 elsewhere, and never less than the responses of one question.
+    rows: how many responses a batch has at most, but never less than one question's; by default 1024 (4096 on a GPU), or a quarter
+        of all. Each worker has one batch in work, whose cache is known before it starts: 2 x layers x kv_heads x head_dim x
+        (questions x (image + longest prompt) + rows x max_new_tokens) numbers.
     progress: called as progress(responses just ended, tokens just written) after every decode step.
     Raises ValueError for a negative temperature, an empty prompt, or a prefix that leaves nothing to write."""
-    L, T, V, device = rollouts_per_question, max_new_tokens, policy.config.vocabulary, policy.device
+    L, T, device = rollouts_per_question, max_new_tokens, policy.device
     prefixes = prefixes or [[[]]] * len(prompts)
     temperature = torch.as_tensor(temperature, dtype=torch.float32).expand(len(prompts), L)
     if (temperature < 0).any():
         raise ValueError(f"temperature {temperature.min().item()} is negative; 0 is greedy")
     if any(len(prompt.ids) == 0 for prompt in prompts):
         raise ValueError("empty prompt")
-    # One entry per response, a question's responses side by side: (its question, its place among L, its forced tokens)
-    counts = [L * len(group) for group in prefixes]
-    first = [0, *accumulate(counts)]
-    question = torch.arange(len(prompts)).repeat_interleave(torch.tensor(counts, dtype=torch.long))
-    place = torch.arange(first[-1]) % L
-    forced = torch.full((first[-1], T), -1)
-    for i, prefix in enumerate(prefix for group in prefixes for prefix in group):
-        if len(prefix) >= T or end_token in prefix:
-            raise ValueError(f"a prefix of {len(prefix)} tokens leaves nothing to write: at most {T}, and no end token inside")
-        forced[i * L:(i + 1) * L, :len(prefix)] = torch.tensor(prefix, dtype=torch.long)
     streams = torch.arange(L) if streams is None else torch.as_tensor(streams)
     uniforms = torch.rand(len(prompts), int(streams.max()) + 1, T, generator=torch.Generator().manual_seed(seed))
-    temperature, stream = temperature[question, place].to(device), streams[place].to(device)
-    question, forced, uniforms = question.to(device), forced.to(device), uniforms.to(device)
-    slots = max([min(rows or (1024 if device.type == "cpu" else 4096), first[-1]), *counts])
-    waiting = sorted((q for q in range(len(prompts)) if counts[q]), key=lambda q: len(prompts[q].ids))       # equal lengths together: little padding
-    longest = policy.image_tokens + max((len(prompt.ids) for prompt in prompts), default=0) + T
+    forced = [torch.full((len(group), T), -1) for group in prefixes]
+    for group, table in zip(prefixes, forced):
+        for prefix, line in zip(group, table):
+            if len(prefix) >= T or end_token in prefix:
+                raise ValueError(f"a prefix of {len(prefix)} tokens leaves nothing to write: at most {T}, and no end token inside")
+            line[:len(prefix)] = torch.tensor(prefix, dtype=torch.long)
+    # Batches of whole questions. Their size does not depend on the number of workers, so neither does what is sampled.
+    batches, rows = [], rows or min(1024 if device.type == "cpu" else 4096, math.ceil(L * sum(map(len, prefixes)) / 4))
+    for q in sorted((q for q in range(len(prompts)) if prefixes[q]), key=lambda q: len(prompts[q].ids)):      # equal lengths together: little padding
+        if not batches or L * sum(len(prefixes[other]) for other in [*batches[-1], q]) > rows:
+            batches.append([])
+        batches[-1].append(q)
+
+    def run(batch):
+        """Sample for one batch: tables with one line per response, those of a question's first prefix first."""
+        n = {q: len(prefixes[q]) for q in batch}
+        return _sample_batch(policy, [prompts[q] for q in batch], [L * n[q] for q in batch], torch.cat([temperature[q].repeat(n[q]) for q in batch]),
+                             torch.cat([uniforms[q, streams].repeat(n[q], 1) for q in batch]),
+                             torch.cat([forced[q].repeat_interleave(L, dim=0) for q in batch]), end_token, progress)
+
     was_training = policy.training
     policy.eval()
+    with ThreadPoolExecutor(WORKERS if device.type == "cpu" else 1) as pool:
+        found = dict(zip((q for batch in batches for q in batch), (group for groups in pool.map(run, batches) for group in groups)))
+    policy.train(was_training)
+    return [found.get(q, []) for q in range(len(prompts))]
 
-    cache, B = None, 0                                             # rows [0, B) of the cache are in use
-    logits = torch.empty(0, V, device=device)                      # (B, V) what each row expects next
-    length = torch.zeros(slots, dtype=torch.long, device=device)   # columns of each row that are filled: image, prompt, response
-    live = row = t = torch.empty(0, dtype=torch.long, device=device)          # per response in work: its number, its row, its tokens so far
-    history = []                                                   # (live, tokens, log_probs) of every draw
-    while waiting or len(live):
-        # 1. Prefill: waiting questions take free room, one row each for all their responses, an eighth of the rows at a time
-        batch, room = [], slots - len(live)
-        if not len(live) or room >= slots // 8:
-            while waiting and counts[waiting[0]] <= room:
-                batch.append(waiting.pop(0))
-                room -= counts[batch[-1]]
-        if batch:
-            with policy.precision():
-                last, lengths, filled = _prefill(policy, [prompts[q] for q in batch])
-            cache = cache or [tuple(part.new_zeros(slots, part.shape[1], longest, part.shape[3]) for part in layer) for layer in filled]
-            for layer, new in zip(cache, filled):
-                for part, new_part in zip(layer, new):
-                    part[B:B + len(batch), :, :new_part.shape[2]] = new_part
-            length[B:B + len(batch)] = lengths
-            logits = torch.cat([logits, last])
-            joining = torch.cat([torch.arange(first[q], first[q + 1], device=device) for q in batch])
-            live, t = torch.cat([live, joining]), torch.cat([t, torch.zeros_like(joining)])
-            row = torch.cat([row, torch.arange(B, B + len(batch), device=device).repeat_interleave(torch.tensor([counts[q] for q in batch], device=device))])
-            B += len(batch)
+
+@torch.inference_mode()
+def _sample_batch(policy, prompts, counts, temperature, uniforms, forced, end_token, progress):
+    """The sampler's loop, for questions with counts (N,) responses: temperature (R,), uniforms and forced (R, T), where R = sum(counts)
+    -> list (N) of lists of Response."""
+    R, T, V, device = len(forced), forced.shape[1], policy.config.vocabulary, policy.device
+    temperature, uniforms, forced, counts = temperature.to(device), uniforms.to(device), forced.to(device), torch.tensor(counts, device=device)
+    # 1. Prefill: each question once. Its responses begin in one row.
+    with policy.precision():
+        logits, start, prefix = _prefill(policy, prompts)
+    suffix = [tuple(part.new_empty(R, part.shape[1], T, part.shape[3]) for part in layer) for layer in prefix]
+    live, history = torch.arange(R, device=device), []             # responses that go on; (live, tokens, log_probs) of every draw
+    row = torch.arange(len(counts), device=device).repeat_interleave(counts)  # (live,) the row that each of them is in
+    owner = torch.arange(R, device=device)                         # (R,) the question of each row
+    for t in range(T):
         # 2. Draw: every response for itself, from the logits of its row
-        tokens, log_probs = draw(logits[row], temperature[live], uniforms[question[live], stream[live], t], forced[live, t])
+        tokens, log_probs = draw(logits[row], temperature[live], uniforms[live, t], forced[live, t])
         history.append((live, tokens, log_probs))
         goes_on = (tokens != end_token) & (t + 1 < T)
         drawn = len(live)
-        live, row, t, tokens = live[goes_on], row[goes_on], t[goes_on] + 1, tokens[goes_on]
+        live, row, tokens = live[goes_on], row[goes_on], tokens[goes_on]
         if progress:
             progress(drawn - len(live), drawn)
+        if not len(live):
+            break
         # 3. Branch: one row for each different (row, token). The first branch of a row stays in it, the others are copied
-        #    into rows that nobody is in any more, so that the rows in use stay [0, B).
+        #    into rows that nobody is in any more, so that the rows in use are [0, B)
         branches, branch = torch.unique(row * V + tokens, return_inverse=True)
         parent, token, B = branches // V, branches % V, len(branches)
         stays = (parent.diff(prepend=parent.new_full((1,), -1)) > 0) & (parent < B)
@@ -499,47 +542,47 @@ def sample(policy, prompts, rollouts_per_question, temperature, max_new_tokens, 
         free[parent[stays]] = False
         target, to, source = parent.clone(), free.nonzero()[:, 0], parent[~stays]
         target[~stays] = to
-        columns = int(length[parent].max()) + 1 if B else 0
-        for part in (part for layer in cache for part in layer):
-            part[to, :, :columns] = part[source, :, :columns]
-        length[to] = length[source]
+        for part in (part for layer in suffix for part in layer):
+            part[to, :, :t] = part[source, :, :t]
+        owner[to] = owner[source]
         row, feed = target[branch], torch.empty_like(token).scatter_(0, target, token)
+        # questions that are done leave when they are half of all
+        going = owner[:B].unique()
+        if 2 * len(going) <= len(start):
+            prefix, start = [tuple(part[going] for part in layer) for layer in prefix], start[going]
+            owner[:B] = torch.searchsorted(going, owner[:B])
         # 4. Decode: one forward pass of one token per row
-        if B:
-            with policy.precision():
-                logits = _decode(policy, feed, length[:B], [tuple(part[:B, :, :columns] for part in layer) for layer in cache])
-            length[:B] += 1
-        else:
-            logits = logits[:0]
-
-    policy.train(was_training)
-    if not history:
-        return [[] for _ in prompts]
+        with policy.precision():
+            logits = _decode(policy, feed, owner[:B], start, t, prefix, [tuple(part[:B, :, :t + 1] for part in layer) for layer in suffix])
     live, tokens, log_probs = (torch.cat(parts) for parts in zip(*history))
     order = live.sort(stable=True).indices                         # by response, its tokens in the order they were drawn
-    sizes = live.bincount(minlength=first[-1]).tolist()
+    sizes = live.bincount(minlength=R).tolist()
     tokens, log_probs = tokens[order].split(sizes), log_probs[order].split(sizes)
-    responses = [Response(a.tolist(), a[-1].item() == end_token, b.tolist()) for a, b in zip(tokens, log_probs)]
-    return [responses[a:b] for a, b in pairwise(first)]
+    responses = iter([Response(a.tolist(), a[-1].item() == end_token, b.tolist()) for a, b in zip(tokens, log_probs)])
+    return [list(islice(responses, count)) for count in counts.tolist()]
 
 
 def _prefill(policy, prompts):
-    """Read each image and prompt once: (logits of the first token (Q, V), lengths (Q,), keys and values per layer)."""
+    """Read each image and prompt once: (logits of the first token (N, V), lengths (N,), keys and values per layer)."""
     lengths = torch.tensor([len(prompt.ids) for prompt in prompts], device=policy.device)
-    ids = nn.utils.rnn.pad_sequence([torch.tensor(prompt.ids) for prompt in prompts], batch_first=True).to(policy.device)      # (Q, T)
+    ids = nn.utils.rnn.pad_sequence([torch.tensor(prompt.ids) for prompt in prompts], batch_first=True).to(policy.device)      # (N, P - I)
     hidden, filled = policy.hidden(torch.stack([prompt.image for prompt in prompts]).to(policy.device), ids, keep_cache=True)
     return policy.logits(hidden[torch.arange(len(prompts)), lengths - 1]), lengths + policy.image_tokens, filled
 
 
-def _decode(policy, tokens, length, cache):
-    """Feed one token to each row and write its keys and values to column `length` of the cache: tokens (B,), length (B,),
-    cache per layer (keys, values) (B, G, S, D) -> logits (B, V)."""
-    columns = torch.arange(cache[0][0].shape[2], device=policy.device)
-    bias = torch.zeros(len(length), len(columns), device=policy.device).masked_fill(columns > length[:, None], -math.inf)   # (B, S)
-    cos, sin = policy.rope(length[:, None])
+def _decode(policy, tokens, owner, start, t, prefix, suffix):
+    """Feed token t of the response to each row: tokens, owner (B,), start (N,) the lengths of the questions' prefixes, caches per
+    layer (keys, values): prefix (N, G, P, D), suffix (B, G, t + 1, D), of which the last column is filled here -> logits (B, V)."""
+    order, counts = owner.argsort(stable=True), owner.bincount(minlength=len(start))
+    rank = torch.empty_like(owner)
+    rank[order] = torch.arange(len(owner), device=owner.device) - (counts.cumsum(0) - counts)[owner[order]]
+    padding = torch.arange(prefix[0][0].shape[2], device=owner.device) >= start[:, None]                               # (N, P)
+    bias = torch.zeros(padding.shape, device=owner.device).masked_fill_(padding, -math.inf)[owner, None, None]
+    place = Place(owner, rank, (len(start), int(counts.max())), bias)
+    cos, sin = policy.rope((start[owner] + t)[:, None])
     x = policy.embed(tokens)[:, None]                                                                                 # (B, 1, C)
-    for block, (keys, values) in zip(policy.blocks, cache):
-        x = block.decode(x, cos, sin, keys, values, length, bias[:, None, None])
+    for block, layer_prefix, layer_suffix in zip(policy.blocks, prefix, suffix):
+        x = block.decode(x, cos, sin, layer_prefix, layer_suffix, place)
     return policy.logits(policy.norm(x)[:, 0])
 
 
@@ -554,3 +597,149 @@ def sample_without_cache(policy, prompt, temperature, uniforms, end_token):
         tokens.append(token.item())
         log_probs.append(log_prob.item())
     return Response(tokens, tokens[-1] == end_token, log_probs)
+
+
+# ---------------------------------------------------------------- how fast it is
+
+def sample_plainly(policy, prompts, temperature, uniforms, end_token, cached=True):
+    """What `sample` is measured against: a row and a prefill for every response, all rows until the last has ended; without
+    `cached`, all of the text is read again for every token. Prompts: one per response (R); uniforms (R, T) -> list (R) of tokens."""
+    (R, T), V, device = uniforms.shape, policy.config.vocabulary, policy.device
+    forced, temperature = torch.full((R,), -1, device=device), torch.full((R,), temperature, device=device)
+    images, ids = torch.stack([prompt.image for prompt in prompts]).to(device), [list(prompt.ids) for prompt in prompts]
+    with torch.inference_mode(), policy.precision():
+        logits, start, prefix = _prefill(policy, prompts)
+        suffix = [tuple(part.new_empty(R, part.shape[1], T, part.shape[3]) for part in layer) for layer in prefix]
+        ended = torch.zeros(R, dtype=torch.bool, device=device)
+        for t in range(T):
+            tokens, _ = draw(logits, temperature, uniforms[:, t], forced)
+            ended |= tokens == end_token
+            for row, token in zip(ids, tokens.tolist()):
+                row.append(token)
+            if ended.all() or t + 1 == T:
+                break
+            if cached:
+                logits = _decode(policy, tokens, torch.arange(R, device=device), start, t, prefix, [tuple(p[:, :, :t + 1] for p in layer) for layer in suffix])
+            else:
+                padded = nn.utils.rnn.pad_sequence([torch.tensor(row) for row in ids], batch_first=True).to(device)
+                hidden = policy.hidden(images, padded)
+                logits = policy.logits(hidden[torch.arange(R), torch.tensor([len(row) - 1 for row in ids])])
+    written = [row[len(prompt.ids):] for row, prompt in zip(ids, prompts)]
+    return [tokens[:tokens.index(end_token) + 1] if end_token in tokens else tokens for tokens in written]
+
+
+def products_of(policy, run):
+    """Shapes (rows, in, out) of all products with weight matrices while `run()` runs: the arithmetic that cannot be left out."""
+    shapes = []
+    hooks = [layer.register_forward_hook(lambda layer, given, _: shapes.append((given[0].numel() // layer.in_features, *layer.weight.T.shape)))
+             for layer in policy.modules() if isinstance(layer, nn.Linear)]
+    run()
+    for hook in hooks:
+        hook.remove()
+    return shapes
+
+
+def alternate(ways, repeats):
+    """Time ways to do one thing in turns: {name: function that returns its number of tokens} -> {name: median tokens per second}."""
+    speeds = defaultdict(list)
+    for _ in range(repeats):
+        for name, run in ways.items():
+            began = time.perf_counter()
+            tokens = run()
+            speeds[name].append(tokens / (time.perf_counter() - began))
+    return {name: sorted(found)[len(found) // 2] for name, found in speeds.items()}
+
+
+def bench(policy, prompts, examples, end_token, line_break, T, repeats=5):
+    """Speeds as a dictionary: the sampler against `sample_plainly` on the three workloads of a run, and a decode step and a training
+    update against their own matrix products. prompts: 64 or more; examples: lists of Example, one per batch."""
+    grid, L, pool = [round(0.3 + 0.1 * i, 1) for i in range(14)], 16, ThreadPoolExecutor(WORKERS)
+
+    def count(responses):
+        return sum(len(response.tokens) for group in responses for response in group)
+
+    def plainly(prompts, temperature, cached=True, rows=256):
+        chunks = [prompts[i:i + rows] for i in range(0, len(prompts), rows)]
+        return sum(len(tokens) for chunk in pool.map(lambda chunk: sample_plainly(policy, chunk, temperature, torch.rand(len(chunk), T), end_token, cached), chunks) for tokens in chunk)
+
+    few = prompts[:16]
+    cut = [[response.tokens[:i + 1] for response in group for i, token in enumerate(response.tokens[:-1]) if token == line_break]
+           for group in sample(policy, few, 4, 1.0, T, 0, end_token)]
+    longer = [Prompt(prompt.image, prompt.ids + prefix) for prompt, group in zip(few, cut) for prefix in group]
+    swept = dict(temperature=torch.tensor([t for t in grid for _ in range(L)]), streams=list(range(L)) * len(grid))
+    found = {"T = 1": alternate({"sample": lambda: count(sample(policy, prompts, L, 1.0, T, 0, end_token)),
+                                 "plain": lambda: plainly([prompt for prompt in prompts for _ in range(L)], 1.0),
+                                 "no cache": lambda: plainly([prompt for prompt in few[:4] for _ in range(L)], 1.0, cached=False, rows=32)}, repeats),
+             "sweep": alternate({"sample": lambda: count(sample(policy, few, L * len(grid), max_new_tokens=T, seed=0, end_token=end_token, **swept)),
+                                 "plain": lambda: sum(plainly([prompt for prompt in few for _ in range(L)], t) for t in grid)}, repeats),
+             # tokens of the prefixes are not counted: both ways are asked for what follows them
+             "step labels": alternate({"sample": lambda: count(sample(policy, few, 8, 0.6, T, 0, end_token, prefixes=cut)) - 8 * sum(map(len, sum(cut, []))),
+                                       "plain": lambda: plainly([prompt for prompt in longer for _ in range(8)], 0.6)}, repeats)}
+    # one worker: a decode step of 512 rows after 16 tokens, and an update, with their products alone in turns
+    with torch.inference_mode():
+        _, start, prefix = _prefill(policy, prompts[:64])
+        owner = torch.arange(512) % len(start)
+        suffix = [tuple(torch.randn(512, part.shape[1], 17, part.shape[3]) for part in layer) for layer in prefix]
+
+        def step():
+            _decode(policy, torch.zeros_like(owner), owner, start, 16, prefix, suffix)
+            return 512
+    batch = collate(examples[0])
+    parameters = list(policy.parameters())
+
+    def update():
+        torch.autograd.grad(policy.loss(*batch), parameters)
+        return batch[1].numel()
+
+    for name, run, times, tokens in (("decode", step, 1, 512), ("training", update, 3, batch[1].numel())):
+        pairs = [(torch.randn(rows, a), torch.randn(a, b)) for rows, a, b in products_of(policy, run)]
+
+        def products():
+            for x, w in pairs:
+                for _ in range(times):                             # a training update takes each product three times, in three directions
+                    x @ w
+            return tokens
+        found[name] = alternate({"step": torch.inference_mode()(run) if name == "decode" else run, "products": products}, 3 * repeats)
+    return found
+
+
+def main(argv=None):
+    """Command line of this file: --bench runs/NAME."""
+    import resource                                                # not on every system
+
+    from data import Tokenizer, build_world, write_reasoning       # only here: the network and its sampler know nothing of the world
+    from evaluate import make_prompts
+    parser = argparse.ArgumentParser(description="How fast the sampler and the training are, on the policy of a finished run.")
+    parser.add_argument("--bench", metavar="runs/NAME", required=True, help="the folder of a run; random weights would hide what sharing gains")
+    parser.add_argument("--repeats", type=int, default=5, help="how often each way is timed [5]")
+    parser.error = lambda message: parser.exit(2, f"model.py: {message}; see python model.py --help\n")
+    args = parser.parse_args(argv)
+    try:
+        config = json.loads((Path(args.bench) / "config.json").read_text())
+        policy, _ = load_policy(Path(args.bench) / "policy.safetensors", "cuda" if torch.cuda.is_available() else "cpu")
+    except (OSError, ValueError) as error:
+        parser.exit(2, f"model.py: {args.bench}: not the folder of a finished run ({error})\n")
+    questions, tokenizer, T = build_world({"labeled": 256}, config["world_seed"])["labeled"], Tokenizer(), config["max_new_tokens"]
+    prompts, rng = make_prompts(questions, tokenizer, config["image_size"]), random.Random(0)
+    examples = [Example(*prompt, tokenizer.response(write_reasoning(question, rng))) for prompt, question in zip(prompts, questions) for _ in range(2)]
+    stream = batches(examples, config["batch_size"], rng, together=2)
+    found = bench(policy, prompts[:64], [next(stream)], tokenizer.EOS, tokenizer.ids["\n"], T, args.repeats)
+    print(f"{config['preset']} preset, {sum(p.numel() for p in policy.parameters()):,} parameters, {platform.machine()}, {WORKERS} workers; tokens/s, medians of {args.repeats}")
+    for work, speeds in found.items():
+        mine, *others = speeds
+        print(f"{work:12} " + ", ".join(f"{name} {speed:,.0f}" for name, speed in speeds.items())
+              + "   (" + ", ".join(f"{speeds[mine] / speeds[name]:.2f} x {name}" for name in others) + ")")
+    growth = {}
+    for name, cases in (("questions", [(n, 16) for n in (32, 64, 128, 256)]), ("responses", [(64, n) for n in (4, 8, 16, 32)])):
+        for Q, L in cases:
+            began = time.perf_counter()
+            sample(policy, prompts[:Q], L, 1.0, T, 0, tokenizer.EOS)
+            growth[f"{Q} x {L}"] = time.perf_counter() - began
+        print("seconds for questions x responses: " + ", ".join(f"{Q} x {L} {growth[f'{Q} x {L}']:.2f}" for Q, L in cases))
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    print(f"peak memory {peak:.2f} GB")
+    print(json.dumps({"tokens_per_second": found, "seconds": growth, "peak_gb": peak}))
+
+
+if __name__ == "__main__":
+    main()

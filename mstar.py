@@ -33,7 +33,7 @@ import torch
 from data import TESTBEDS, Tokenizer, build_world, oracle, write_caption, write_reasoning
 from evaluate import (bootstrap_interval, evaluate_policy, grade, make_prompts, most_frequent_answer, paired_gain, print_report, reward_pass_at_k,
                       sample_texts, share, write_json)
-from model import Example, ModelConfig, Policy, batches, fit, new_optimizers, save_policy
+from model import WORKERS, Example, ModelConfig, Policy, batches, fit, new_optimizers, save_policy
 from prm import label_steps, rerank, score, train_prm
 
 METHODS = {     # the paper's rows, as bundles of switches (its Tables 1 and 4); "sft" is a stage of its own
@@ -523,7 +523,7 @@ def announce(cfg, preset, out, device, policy, world):
                "watching": watching * cfg.validation, "tests": (2 + len(arms)) * (2 * cfg.test + 5 * cfg.testbed)}
     updates = {"base": cfg.base_caption_updates + cfg.base_updates, "warm-up": cfg.warmup_updates,
                "direct SFT": (cfg.warmup_updates + cfg.evolve_updates) * ("sft" in arms), "self-evolving": cfg.evolve_updates * len(loops)}
-    print(f"run       {out}   preset {preset}, method {cfg.method}, seed {cfg.seed}, on {device} ({torch.get_num_threads()} threads)")
+    print(f"run       {out}   preset {preset}, method {cfg.method}, seed {cfg.seed}, on {device} ({WORKERS} workers)")
     print(f"policy    {parameters:,} parameters")
     print("sets      " + ", ".join(f"{name} {len(questions):,}" for name, questions in world.items()))
     print("responses " + ", ".join(f"{name} {n if isinstance(n, str) else f'{n:,}'}" for name, n in sampled.items()))
@@ -555,7 +555,7 @@ def write_report(out, command, cfg, preset, device, rows, iterations, prm_metric
     mine = name[ROWS.get(cfg.method, cfg.method)]
     report = {"command": command, "preset": preset, "method": cfg.method, "seed": cfg.seed,
               "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
-              "device": torch.cuda.get_device_name() if device == "cuda" else f"{device}, {platform.machine()}, {torch.get_num_threads()} threads",
+              "device": torch.cuda.get_device_name() if device == "cuda" else f"{device}, {platform.machine()}, {WORKERS} workers",
               "seconds": round(time.time() - began, 1), "config": asdict(cfg), "rows": rows, "iterations": iterations, "prm": prm_metrics,
               "controls": {"most_frequent_answer": most_frequent},
               "gain_over": {row["name"]: paired_gain(mine, row) for row in rows if row is not mine}}

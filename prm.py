@@ -15,6 +15,7 @@ import json
 import random
 import sys
 from collections import defaultdict
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,7 +26,7 @@ from torch import nn
 
 from data import Tokenizer, build_world, oracle
 from evaluate import auc, balanced_accuracy, find_answer, grade, grade_greedily, make_prompts, sample_texts, write_json
-from model import Example, Policy, load_policy, pad_together
+from model import WORKERS, Example, Policy, load_policy, pad_together
 
 
 # ---------------------------------------------------------------- step labels
@@ -91,7 +92,6 @@ class RewardModel(nn.Module):
         super().__init__()
         self.config, self.policy, self.head = config, Policy(config).requires_grad_(False), nn.Linear(self.FEATURES, 1)
 
-    @torch.no_grad()
     def features(self, prompts, responses, tokenizer, rows=128):
         """What the head reads: a Prompt and the tokens of a response, for each of n responses -> list (n) of (steps, FEATURES).
         An image is read once per batch of `rows` for all its neighbours in the list."""
@@ -100,8 +100,9 @@ class RewardModel(nn.Module):
         for i, prompt in enumerate(prompts):
             groups[id(prompt.image)].append(i)
         order = [i for group in sorted(groups.values(), key=lambda group: max(len(responses[i]) for i in group)) for i in group]
-        for start in range(0, len(order), rows):
-            batch = order[start:start + rows]
+
+        @torch.no_grad()
+        def read(batch):
             images, ids, owner = (part.to(device) for part in pad_together([Example(*prompts[i], list(responses[i])) for i in batch]))
             with self.policy.precision():
                 logits = self.policy(images, ids, owner)
@@ -111,6 +112,9 @@ class RewardModel(nn.Module):
                 words_of = words[row, first:first + len(responses[i])]
                 last = words_of[[max(end - 1, 0) for end in ends]]                                       # the word before the line break
                 found[i] = torch.stack([words_of.cumsum(0)[ends], words_of.cummin(0).values[ends], last, torch.arange(1.0, 1 + len(ends))], dim=1)
+
+        with ThreadPoolExecutor(WORKERS) as pool:
+            list(pool.map(read, (order[start:start + rows] for start in range(0, len(order), rows))))
         return found
 
     def forward(self, features):

@@ -1,4 +1,5 @@
 """The network and its sampler, against slow and obvious references."""
+import copy
 import math
 import random
 from collections import Counter
@@ -9,7 +10,7 @@ import torch.nn.functional as F
 
 import model
 from data import Tokenizer
-from model import Example, ModelConfig, Muon, Policy, Prompt, batches, collate, draw, load_policy, sample, sample_without_cache, save_policy
+from model import Example, ModelConfig, Muon, Policy, Prompt, batches, collate, draw, fit, load_policy, products_of, sample, sample_plainly, sample_without_cache, save_policy
 
 END = Tokenizer.EOS
 
@@ -44,7 +45,7 @@ def test_rows_that_share_an_image_equal_rows_with_one_each(policy, prompts):
 
 def test_batches_hold_every_example_once_and_images_together(prompts):
     examples = [Example(prompts[q].image, prompts[q].ids, [10 * q + r, END]) for q in range(12) for r in range(1 + q % 7)]
-    stream = batches(examples, 8, random.Random(0), lambda batch: batch, together=4)
+    stream = batches(examples, 8, random.Random(0), together=4)
     for _ in range(2):                                             # twice around
         seen, images = [], 0
         for _ in range(math.ceil(len(examples) / 8)):
@@ -149,11 +150,30 @@ def test_same_seed_same_responses_whatever_the_batch(policy, prompts):
     assert [[r.tokens for r in group] for group in other] != [[r.tokens for r in group] for group in whole]
 
 
+def test_same_responses_with_one_worker_or_three(policy, prompts, monkeypatch):
+    """To the bit, log-probabilities too: what is computed together does not depend on who computes it."""
+    found = []
+    for workers in (1, 3):
+        monkeypatch.setattr(model, "WORKERS", workers)
+        found.append(sample(policy, prompts, 5, torch.tensor([0.0, 0.5, 1.0, 1.0, 1.5]), 20, 5, END))
+    assert found[0] == found[1]
+
+
 def test_temperatures_in_one_batch_equal_separate_runs(policy, prompts):
     mixed = sample(policy, prompts, 2, torch.tensor([0.5, 1.2]), 20, 5, END)
     for l, temperature in enumerate((0.5, 1.2)):
         alone = sample(policy, prompts, 2, temperature, 20, 5, END)
         assert [group[l].tokens for group in mixed] == [group[l].tokens for group in alone]
+
+
+@pytest.mark.parametrize("cached", [True, False])
+def test_the_plain_sampler_of_the_benchmark_gives_the_same_responses(policy, prompts, cached):
+    """It must do the same work, or the comparison of speeds means nothing."""
+    end = Counter(token for (r,) in sample(policy, prompts, 1, 1.0, 20, 5, -1) for token in r.tokens).most_common(1)[0][0]
+    expected = [group[0].tokens for group in sample(policy, prompts, 1, 1.0, 20, 5, end)]
+    uniforms = torch.rand(len(prompts), 1, 20, generator=torch.Generator().manual_seed(5))
+    assert sample_plainly(policy, prompts, 1.0, uniforms[:, 0], end, cached) == expected
+    assert len({len(tokens) for tokens in expected}) > 2
 
 
 def test_common_random_numbers_over_temperatures(policy, prompts):
@@ -219,6 +239,23 @@ def test_sampler_refuses_bad_input(policy, prompts):
 
 # ---------------------------------------------------------------- training
 
+def test_fit_makes_the_update_of_the_whole_batch(policy, prompts, monkeypatch):
+    """Two parts of unequal numbers of tokens, by one worker or two: the gradient of the mean loss over all of them, and equal bits."""
+    examples = [Example(prompts[q].image, prompts[q].ids, [20 + q] * (1 + 3 * q) + [END]) for q in range(7)]
+    start, updated = copy.deepcopy(policy.state_dict()), []
+    policy.loss(*collate(examples)).backward()
+    expected = [p.grad.clone() / max(1.0, torch.nn.utils.get_total_norm([q.grad for q in policy.parameters()]).item()) for p in policy.parameters()]
+    for workers in (1, 2):
+        monkeypatch.setattr(model, "WORKERS", workers)
+        policy.load_state_dict(start)
+        sgd = torch.optim.SGD(policy.parameters(), lr=1.0)
+        fit(policy, [sgd], [torch.optim.lr_scheduler.LambdaLR(sgd, lambda update: 1.0)], iter([examples]), 1, "test")
+        updated.append([start[name] - p.detach() for name, p in policy.named_parameters()])
+    for one, two, gradient in zip(*updated, expected):
+        assert torch.equal(one, two)
+        torch.testing.assert_close(one, gradient, rtol=1e-3, atol=1e-5)
+
+
 def test_muon_makes_the_updates_of_torch():
     """Ours in fp32 against torch.optim.Muon, which rounds to bf16: the same path within that rounding, for tall, wide and equal shapes."""
     torch.manual_seed(0)
@@ -233,6 +270,23 @@ def test_muon_makes_the_updates_of_torch():
             optimizer.step()
     for a, b, p in zip(ours, theirs, start):
         assert (a - b).norm() < 0.02 * (b - p).norm()
+
+
+# ---------------------------------------------------------------- benchmark
+
+def test_products_of_counts_every_product_with_a_weight(policy, prompts):
+    images, ids = pad(prompts[:3])
+    shapes = products_of(policy, lambda: policy(images, ids))
+    rows = [3 * 64] * 4 + [3 * policy.image_tokens]                # the vision block: qkv, out, up, down; the projector
+    decoder = [rows for _ in range(2) for rows in [3 * policy.image_tokens] * 6 + [ids.numel()] * 6]
+    assert sorted(rows + decoder) == sorted(n for n, _, _ in shapes)
+    assert (ids.numel(), 32, 32) in shapes
+
+
+def test_bench_names_a_folder_that_is_no_run(tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        model.main(["--bench", str(tmp_path)])
+    assert stop.value.code == 2 and str(tmp_path) in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------- weights on disk

@@ -305,5 +305,5 @@ def test_default_folder_gets_a_number_instead_of_overwriting(tmp_path, monkeypat
 def test_a_loss_that_is_not_finite_stops_the_training(policy):
     policy.embed.weight.data[60] = float("nan")
     cfg, image = Config(batch_size=2), torch.zeros(64, 64, 3, dtype=torch.uint8)
-    with pytest.raises(FloatingPointError, match="bad: the loss of update 1 "):
+    with pytest.raises(FloatingPointError, match="bad: the loss or gradient of update 1 "):
         mstar.train(policy, *new_optimizers(policy, 1e-3, 2), [Example(image, [1, 50, 2], [60, 3])], 3, cfg, "bad")
