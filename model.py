@@ -6,7 +6,7 @@ Paper (arXiv 2412.17451v3): the policy model pi. There it is MiniCPM-V-2.5 (8B),
     one token ("pixel shuffle"), a linear map takes them into a Llama-style decoder that writes text.
 Read:     VisionTower -> DecoderBlock -> Policy -> fit -> sample   (bottom-up: the parts explain the whole)
 Departs:  sizes, and trained from scratch. One image per question, of one fixed size; no image tiling.
-Run:      nothing by itself; `fit` is the only entrance for training, `sample` for generating text.
+Run:      python model.py --bench runs/NAME      (how fast it is; `fit` is the only entrance for training, `sample` for generating)
 
 Letters in shape comments: B batch rows, P image patches, I image tokens, T text tokens, S cached tokens, C width, H heads,
 G key/value heads, D = C / H, V vocabulary, Q questions, L rollouts per question.
@@ -20,7 +20,7 @@ import time
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import accumulate, islice, repeat
 from pathlib import Path
 from typing import NamedTuple
@@ -30,6 +30,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from tqdm import tqdm
 
 
@@ -604,9 +605,9 @@ def sample_without_cache(policy, prompt, temperature, uniforms, end_token):
 def sample_plainly(policy, prompts, temperature, uniforms, end_token, cached=True):
     """What `sample` is measured against: a row and a prefill for every response, all rows until the last has ended; without
     `cached`, all of the text is read again for every token. Prompts: one per response (R); uniforms (R, T) -> list (R) of tokens."""
-    (R, T), V, device = uniforms.shape, policy.config.vocabulary, policy.device
+    (R, T), device = uniforms.shape, policy.device
     forced, temperature = torch.full((R,), -1, device=device), torch.full((R,), temperature, device=device)
-    images, ids = torch.stack([prompt.image for prompt in prompts]).to(device), [list(prompt.ids) for prompt in prompts]
+    images, ids, uniforms = torch.stack([prompt.image for prompt in prompts]).to(device), [list(prompt.ids) for prompt in prompts], uniforms.to(device)
     with torch.inference_mode(), policy.precision():
         logits, start, prefix = _prefill(policy, prompts)
         suffix = [tuple(part.new_empty(R, part.shape[1], T, part.shape[3]) for part in layer) for layer in prefix]
@@ -628,15 +629,22 @@ def sample_plainly(policy, prompts, temperature, uniforms, end_token, cached=Tru
     return [tokens[:tokens.index(end_token) + 1] if end_token in tokens else tokens for tokens in written]
 
 
-def products_of(policy, run):
-    """Shapes (rows, in, out) of all products with weight matrices while `run()` runs: the arithmetic that cannot be left out."""
-    shapes = []
-    hooks = [layer.register_forward_hook(lambda layer, given, _: shapes.append((given[0].numel() // layer.in_features, *layer.weight.T.shape)))
-             for layer in policy.modules() if isinstance(layer, nn.Linear)]
-    run()
-    for hook in hooks:
-        hook.remove()
-    return shapes
+class Products(TorchDispatchMode):
+    """Notes the shapes of all matrix products while it is entered, backward ones too: the arithmetic that cannot be left out.
+    (Not those inside the fused attention of training and prefill: the ceiling is a little too high there, our share too low.)"""
+
+    def __init__(self):
+        super().__init__()
+        self.shapes = []                                           # of the two factors of each product
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        with self:                                                 # linear and matmul are made of the products below
+            parts = function.decompose(*args, **kwargs or {})
+        if parts is not NotImplemented:
+            return parts
+        if function in (torch.ops.aten.mm.default, torch.ops.aten.bmm.default, torch.ops.aten.addmm.default):
+            self.shapes.append(tuple(factor.shape for factor in args[-2:]))
+        return function(*args, **kwargs or {})
 
 
 def alternate(ways, repeats):
@@ -646,99 +654,136 @@ def alternate(ways, repeats):
         for name, run in ways.items():
             began = time.perf_counter()
             tokens = run()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
             speeds[name].append(tokens / (time.perf_counter() - began))
     return {name: sorted(found)[len(found) // 2] for name, found in speeds.items()}
 
 
-def bench(policy, prompts, examples, end_token, line_break, T, repeats=5):
-    """Speeds as a dictionary: the sampler against `sample_plainly` on the three workloads of a run, and a decode step and a training
-    update against their own matrix products. prompts: 64 or more; examples: lists of Example, one per batch."""
-    grid, L, pool = [round(0.3 + 0.1 * i, 1) for i in range(14)], 16, ThreadPoolExecutor(WORKERS)
+def bench_sampling(policy, prompts, end_token, line_break, T, repeats):
+    """Tokens per second of `sample` and `sample_plainly` on the three workloads of a run, all workers: 16 responses per question
+    at T = 1; a sweep of 14 temperatures; 8 rollouts from every step of 4 responses per question."""
+    grid, L, few, pool = [round(0.3 + 0.1 * i, 1) for i in range(14)], 16, prompts[:16], ThreadPoolExecutor(WORKERS)
 
-    def count(responses):
-        return sum(len(response.tokens) for group in responses for response in group)
+    def ours(prompts, L, temperature, given=0, **more):
+        responses = sample(policy, prompts, L, temperature, T, 0, end_token, **more)
+        return sum(len(response.tokens) for group in responses for response in group) - given
 
-    def plainly(prompts, temperature, cached=True, rows=256):
+    def plain(prompts, temperature, cached=True, rows=256):
         chunks = [prompts[i:i + rows] for i in range(0, len(prompts), rows)]
-        return sum(len(tokens) for chunk in pool.map(lambda chunk: sample_plainly(policy, chunk, temperature, torch.rand(len(chunk), T), end_token, cached), chunks) for tokens in chunk)
+        return sum(map(len, sum(pool.map(lambda chunk: sample_plainly(policy, chunk, temperature, torch.rand(len(chunk), T), end_token, cached), chunks), [])))
 
-    few = prompts[:16]
-    cut = [[response.tokens[:i + 1] for response in group for i, token in enumerate(response.tokens[:-1]) if token == line_break]
-           for group in sample(policy, few, 4, 1.0, T, 0, end_token)]
-    longer = [Prompt(prompt.image, prompt.ids + prefix) for prompt, group in zip(few, cut) for prefix in group]
-    swept = dict(temperature=torch.tensor([t for t in grid for _ in range(L)]), streams=list(range(L)) * len(grid))
-    found = {"T = 1": alternate({"sample": lambda: count(sample(policy, prompts, L, 1.0, T, 0, end_token)),
-                                 "plain": lambda: plainly([prompt for prompt in prompts for _ in range(L)], 1.0),
-                                 "no cache": lambda: plainly([prompt for prompt in few[:4] for _ in range(L)], 1.0, cached=False, rows=32)}, repeats),
-             "sweep": alternate({"sample": lambda: count(sample(policy, few, L * len(grid), max_new_tokens=T, seed=0, end_token=end_token, **swept)),
-                                 "plain": lambda: sum(plainly([prompt for prompt in few for _ in range(L)], t) for t in grid)}, repeats),
-             # tokens of the prefixes are not counted: both ways are asked for what follows them
-             "step labels": alternate({"sample": lambda: count(sample(policy, few, 8, 0.6, T, 0, end_token, prefixes=cut)) - 8 * sum(map(len, sum(cut, []))),
-                                       "plain": lambda: plainly([prompt for prompt in longer for _ in range(8)], 0.6)}, repeats)}
-    # one worker: a decode step of 512 rows after 16 tokens, and an update, with their products alone in turns
-    with torch.inference_mode():
-        _, start, prefix = _prefill(policy, prompts[:64])
-        owner = torch.arange(512) % len(start)
-        suffix = [tuple(torch.randn(512, part.shape[1], 17, part.shape[3]) for part in layer) for layer in prefix]
+    steps = [[response.tokens[:i + 1] for response in group for i, token in enumerate(response.tokens[:-1]) if token == line_break]
+             for group in sample(policy, few, 4, 1.0, T, 0, end_token)]
+    longer = [Prompt(prompt.image, prompt.ids + step) for prompt, group in zip(few, steps) for step in group for _ in range(8)]
+    given = 8 * sum(len(step) for group in steps for step in group)                         # tokens that nobody writes
+    return {"T = 1": alternate({"sample": lambda: ours(prompts, L, 1.0), "plain": lambda: plain([p for p in prompts for _ in range(L)], 1.0),
+                                "no cache": lambda: plain([p for p in few[:4] for _ in range(L)], 1.0, cached=False, rows=32)}, repeats),
+            "sweep": alternate({"sample": lambda: ours(few, L * 14, torch.tensor([t for t in grid for _ in range(L)]), streams=list(range(L)) * 14),
+                                "plain": lambda: sum(plain([p for p in few for _ in range(L)], t) for t in grid)}, repeats),
+            "step labels": alternate({"sample": lambda: ours(few, 8, 0.6, given, prefixes=steps), "plain": lambda: plain(longer, 0.6)}, repeats) if longer else {}}
 
-        def step():
+
+def bench_parts(policy, prompts, examples, end_token, T, repeats):
+    """Tokens per second of one worker's parts, beside their own matrix products alone, in turns: the ceiling."""
+    n, device, generator = min(len(prompts), 64), policy.device, torch.Generator().manual_seed(0)
+    few, counts, rows = prompts[:n], [1024 // n] * n, 1024 // n * n
+    with torch.inference_mode(), policy.precision():
+        _, start, prefix = _prefill(policy, few)
+        owner = torch.arange(n, device=device).repeat_interleave(rows // n)
+        suffix = [tuple(torch.randn(rows, part.shape[1], 17, part.shape[3], device=device, dtype=part.dtype) for part in layer) for layer in prefix]
+    table = dict(temperature=torch.ones(rows), uniforms=torch.rand(rows, T, generator=generator), forced=torch.full((rows, T), -1))
+    batch, parameters = [part.to(device) for part in collate(examples)], list(policy.parameters())
+
+    def prefill():
+        with torch.inference_mode(), policy.precision():
+            _prefill(policy, few)
+        return sum(len(prompt.ids) + policy.image_tokens for prompt in few)
+
+    def decode():
+        with torch.inference_mode(), policy.precision():
             _decode(policy, torch.zeros_like(owner), owner, start, 16, prefix, suffix)
-            return 512
-    batch = collate(examples[0])
-    parameters = list(policy.parameters())
+        return rows
 
-    def update():
-        torch.autograd.grad(policy.loss(*batch), parameters)
-        return batch[1].numel()
+    def whole():
+        return sum(len(response.tokens) for group in _sample_batch(policy, few, counts, **table, end_token=end_token, progress=None) for response in group)
 
-    for name, run, times, tokens in (("decode", step, 1, 512), ("training", update, 3, batch[1].numel())):
-        pairs = [(torch.randn(rows, a), torch.randn(a, b)) for rows, a, b in products_of(policy, run)]
+    def training():
+        with policy.precision():
+            torch.autograd.grad(policy.loss(*batch), parameters)
+        return sum(len(example.prompt) + len(example.response) for example in examples)
 
-        def products():
-            for x, w in pairs:
-                for _ in range(times):                             # a training update takes each product three times, in three directions
-                    x @ w
+    found, dtype = {}, prefix[0][0].dtype
+    for name, run in (("prefill", prefill), (f"decode {rows} rows", decode), (f"sample {rows} responses", whole), ("training", training)):
+        with Products() as products:
+            tokens = run()
+        factors = {pair: [torch.randn(shape, device=device, dtype=dtype) for shape in pair] for pair in products.shapes}
+
+        def alone():
+            for pair in products.shapes:
+                torch.matmul(*factors[pair])
             return tokens
-        found[name] = alternate({"step": torch.inference_mode()(run) if name == "decode" else run, "products": products}, 3 * repeats)
+        found[name] = alternate({"ours": run, "products": torch.inference_mode()(alone)}, repeats)
     return found
 
 
+def bench_growth(policy, prompts, end_token, T):
+    """Seconds of `sample` for growing numbers of questions, responses and tokens, and for growing width with random weights."""
+    c = policy.config
+
+    def seconds(policy, Q, L, T, end):
+        began = time.perf_counter()
+        sample(policy, prompts[:Q], L, 1.0, T, 0, end)
+        return time.perf_counter() - began
+
+    def of_width(width):
+        heads = width * c.heads // c.width                         # of equal size
+        return Policy(replace(c, width=width, heads=heads, kv_heads=heads)).to(policy.device)
+
+    return {"questions": {Q: seconds(policy, Q, 16, T, end_token) for Q in (32, 64, 128, 256)},
+            "responses": {L: seconds(policy, 64, L, T, end_token) for L in (4, 8, 16, 32)},
+            "tokens": {n: seconds(policy, 16, 16, n, -1) for n in (18, 36, 72, 144)},              # -1: nobody ends
+            "width": {width: seconds(of_width(width), 16, 16, 36, -1) for width in (c.width // 2, c.width, 2 * c.width, 4 * c.width)}}
+
+
 def main(argv=None):
-    """Command line of this file: --bench runs/NAME."""
+    """Command line of this file: --bench [runs/NAME]."""
     import resource                                                # not on every system
 
     from data import Tokenizer, build_world, write_reasoning       # only here: the network and its sampler know nothing of the world
     from evaluate import make_prompts
-    parser = argparse.ArgumentParser(description="How fast the sampler and the training are, on the policy of a finished run.")
-    parser.add_argument("--bench", metavar="runs/NAME", required=True, help="the folder of a run; random weights would hide what sharing gains")
+    from mstar import PRESETS, new_policy, parse
+    parser = argparse.ArgumentParser(description="How fast the sampler and the training are.")
+    parser.add_argument("--bench", metavar="runs/NAME", nargs="?", required=True, const="", help="on the policy of this run; without one, random weights, which hide what sharing gains")
+    parser.add_argument("--preset", choices=PRESETS, default="cpu", help="sizes of the random weights [cpu]")
     parser.add_argument("--repeats", type=int, default=5, help="how often each way is timed [5]")
     parser.error = lambda message: parser.exit(2, f"model.py: {message}; see python model.py --help\n")
     args = parser.parse_args(argv)
-    try:
-        config = json.loads((Path(args.bench) / "config.json").read_text())
-        policy, _ = load_policy(Path(args.bench) / "policy.safetensors", "cuda" if torch.cuda.is_available() else "cpu")
-    except (OSError, ValueError) as error:
-        parser.exit(2, f"model.py: {args.bench}: not the folder of a finished run ({error})\n")
-    questions, tokenizer, T = build_world({"labeled": 256}, config["world_seed"])["labeled"], Tokenizer(), config["max_new_tokens"]
-    prompts, rng = make_prompts(questions, tokenizer, config["image_size"]), random.Random(0)
+    tokenizer, device = Tokenizer(), "cuda" if torch.cuda.is_available() else "cpu"
+    if args.bench:
+        try:
+            policy, _ = load_policy(Path(args.bench) / "policy.safetensors", device)
+        except (OSError, ValueError) as error:
+            parser.exit(2, f"model.py: {args.bench}: not the folder of a finished run ({error})\n")
+    else:
+        policy = new_policy(parse(["--preset", args.preset])[0], tokenizer).to(device)
+    questions, T, rng = build_world({"labeled": 256})["labeled"], 72, random.Random(0)
+    prompts = make_prompts(questions, tokenizer, policy.config.image_size)
     examples = [Example(*prompt, tokenizer.response(write_reasoning(question, rng))) for prompt, question in zip(prompts, questions) for _ in range(2)]
-    stream = batches(examples, config["batch_size"], rng, together=2)
-    found = bench(policy, prompts[:64], [next(stream)], tokenizer.EOS, tokenizer.ids["\n"], T, args.repeats)
-    print(f"{config['preset']} preset, {sum(p.numel() for p in policy.parameters()):,} parameters, {platform.machine()}, {WORKERS} workers; tokens/s, medians of {args.repeats}")
-    for work, speeds in found.items():
-        mine, *others = speeds
-        print(f"{work:12} " + ", ".join(f"{name} {speed:,.0f}" for name, speed in speeds.items())
-              + "   (" + ", ".join(f"{speeds[mine] / speeds[name]:.2f} x {name}" for name in others) + ")")
-    growth = {}
-    for name, cases in (("questions", [(n, 16) for n in (32, 64, 128, 256)]), ("responses", [(64, n) for n in (4, 8, 16, 32)])):
-        for Q, L in cases:
-            began = time.perf_counter()
-            sample(policy, prompts[:Q], L, 1.0, T, 0, tokenizer.EOS)
-            growth[f"{Q} x {L}"] = time.perf_counter() - began
-        print("seconds for questions x responses: " + ", ".join(f"{Q} x {L} {growth[f'{Q} x {L}']:.2f}" for Q, L in cases))
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    print(f"peak memory {peak:.2f} GB")
-    print(json.dumps({"tokens_per_second": found, "seconds": growth, "peak_gb": peak}))
+    where = torch.cuda.get_device_name() if device == "cuda" else f"{platform.machine()} CPU, {WORKERS} workers"
+    print(f"{args.bench or f'random weights, {args.preset} preset'}: {sum(p.numel() for p in policy.parameters()):,} parameters, {where}; tokens/s, medians of {args.repeats}")
+    found = {"sampling": bench_sampling(policy, prompts[:64], tokenizer.EOS, tokenizer.ids["\n"], T, args.repeats)}
+    for work, speeds in found["sampling"].items():
+        print(f"{work:12} " + ", ".join(f"{name} {speed:,.0f}" + ("" if name == "sample" else f" ({speeds['sample'] / speed:.1f}x slower)") for name, speed in speeds.items()))
+    found["parts"] = bench_parts(policy, prompts, next(batches(examples, 32, rng, together=2)), tokenizer.EOS, T, args.repeats)
+    for part, speeds in found["parts"].items():
+        print(f"{part:22} {speeds['ours']:,.0f}, its matrix products alone {speeds['products']:,.0f}: {100 * speeds['ours'] / speeds['products']:.0f} % of the ceiling")
+    found["seconds"] = bench_growth(policy, prompts, tokenizer.EOS, T)
+    for what, seconds in found["seconds"].items():
+        print(f"seconds by {what}: " + ", ".join(f"{n}: {s:.2f}" for n, s in seconds.items()))
+    found["peak_gb"] = torch.cuda.max_memory_allocated() / 2**30 if device == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    print(f"peak memory {found['peak_gb']:.2f} GB")
+    print(json.dumps({"device": where, "repeats": args.repeats, **found}))
 
 
 if __name__ == "__main__":

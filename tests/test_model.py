@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 import model
 from data import Tokenizer
-from model import Example, ModelConfig, Muon, Policy, Prompt, batches, collate, draw, fit, load_policy, products_of, sample, sample_plainly, sample_without_cache, save_policy
+from model import Example, ModelConfig, Muon, Policy, Products, Prompt, batches, collate, draw, fit, load_policy, sample, sample_plainly, sample_without_cache, save_policy
 
 END = Tokenizer.EOS
 
@@ -274,13 +274,27 @@ def test_muon_makes_the_updates_of_torch():
 
 # ---------------------------------------------------------------- benchmark
 
-def test_products_of_counts_every_product_with_a_weight(policy, prompts):
+def test_products_are_all_there_forward_and_backward(policy, prompts):
+    """Arithmetic of the noted products = counted by hand: every weight once forward and twice backward (not towards pixels and ids)."""
     images, ids = pad(prompts[:3])
-    shapes = products_of(policy, lambda: policy(images, ids))
-    rows = [3 * 64] * 4 + [3 * policy.image_tokens]                # the vision block: qkv, out, up, down; the projector
-    decoder = [rows for _ in range(2) for rows in [3 * policy.image_tokens] * 6 + [ids.numel()] * 6]
-    assert sorted(rows + decoder) == sorted(n for n, _, _ in shapes)
-    assert (ids.numel(), 32, 32) in shapes
+    with Products() as products:
+        torch.autograd.grad(policy(images, ids).sum(), list(policy.parameters()))
+    noted = sum(a.numel() * b[-1] for a, b in products.shapes)
+    patches, image, text = 3 * 64, 3 * policy.image_tokens, ids.numel()
+    block = sum(p.numel() for p in policy.blocks[0].parameters() if p.dim() == 2)
+    last = sum(p.numel() for name, p in policy.blocks[-1].named_parameters() if p.dim() == 2 and not name.startswith("kv"))      # nobody reads the images' outputs of the last block
+    vision = sum(p.numel() for p in policy.vision.blocks.parameters() if p.dim() == 2)
+    expected = 3 * (patches * vision + image * policy.vision.project.weight.numel() + (image + text) * 2 * block + text * policy.embed.weight.numel())
+    assert noted == expected + 2 * patches * policy.vision.patch.weight.numel() - 2 * image * last
+
+
+@pytest.mark.parametrize("kind", ["sampling", "parts", "growth"])
+def test_the_benchmark_measures_everything_it_names(policy, prompts, tokenizer, kind):
+    line_break = tokenizer.ids["\n"]
+    examples = [Example(*prompt, [20, 21, END]) for prompt in prompts[:4]]
+    found = {"sampling": lambda: model.bench_sampling(policy, prompts, END, line_break, 12, 1), "parts": lambda: model.bench_parts(policy, prompts, examples, END, 12, 1),
+             "growth": lambda: model.bench_growth(policy, prompts, END, 12)}[kind]()
+    assert found and all(speed > 0 for speeds in found.values() for speed in speeds.values())
 
 
 def test_bench_names_a_folder_that_is_no_run(tmp_path, capsys):
