@@ -9,7 +9,6 @@ Departs:  the in-domain test carries the task columns (the paper gives them for 
 Run:      python evaluate.py runs/NAME      (score a saved policy again)
 """
 import argparse
-import json
 import math
 import re
 import sys
@@ -23,7 +22,7 @@ import torch
 from tqdm import tqdm
 
 from data import TASKS, TESTBEDS, Tokenizer, build_world, render
-from model import Prompt, load_policy, sample
+from model import Prompt, load_policy, load_tensors, sample
 
 COLUMNS = ("ID", *TASKS, *TESTBEDS, "OOD")
 
@@ -204,13 +203,6 @@ def share(part, whole):
     return f"{100 * part / whole:.1f} %" if whole and part is not None else "-"
 
 
-def write_json(path, content):
-    """Write JSON beside its place and rename it into place: a file appears whole or not at all."""
-    part = Path(f"{path}.part")
-    part.write_text(json.dumps(content, indent=1))
-    part.replace(path)
-
-
 def main(argv=None):
     """Command line of this file: score the policy of a finished run again."""
     parser = argparse.ArgumentParser(description="Score a saved policy on the test and the testbeds.")
@@ -219,7 +211,7 @@ def main(argv=None):
     args = parser.parse_args(argv)
     folder = Path(args.run)
     try:
-        config = json.loads((folder / "config.json").read_text())
+        config = load_tensors(folder / "config.json")[1]
         policy, vocabulary = load_policy(folder / "policy.safetensors", "cuda" if torch.cuda.is_available() else "cpu")
     except (OSError, ValueError) as error:
         parser.exit(2, f"evaluate.py: {folder}: not the folder of a finished run ({error})\n")

@@ -12,23 +12,27 @@ Letters in shape comments: B batch rows, P image patches, I image tokens, T text
 G key/value heads, D = C / H, V vocabulary, Q questions, L rollouts per question.
 """
 import argparse
+import hashlib
 import json
 import math
+import os
 import platform
 import random
+import signal
+import threading
 import time
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
-from itertools import accumulate, islice, repeat
+from itertools import accumulate, chain, islice, pairwise, repeat
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, save
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from tqdm import tqdm
@@ -39,6 +43,7 @@ from tqdm import tqdm
 # What is computed together does not depend on the number of workers: neither do the results, to the bit.
 WORKERS = torch.get_num_threads()                                  # as many as cores, or OMP_NUM_THREADS
 torch.set_num_threads(1)
+SAVE_EVERY = 20                                                    # seconds of training that a crash may cost
 
 
 @dataclass(frozen=True)
@@ -56,6 +61,16 @@ class ModelConfig:
     heads: int = 4
     kv_heads: int = 4             # fewer than heads: grouped-query attention, heads / kv_heads query heads share one key/value head
     rope_theta: float = 10_000.0
+
+    def __post_init__(self):
+        for name, value in asdict(self).items():                   # sizes may come from a file that somebody else wrote
+            least, most = int(name != "vision_layers"), {"vocabulary": 10**6, "rope_theta": 10**9}.get(name, 100 if name.endswith("layers") else 2**14)
+            if type(value) not in (int, float) or not least <= value <= most:
+                raise ValueError(f"{name} {value!r}: must be a number from {least} to {most}")
+        for name, unit, words in (("image_size", self.shuffle * self.patch_size, "twice --patch_size"), ("width", 2 * self.heads, "twice --heads"),
+                                  ("heads", self.kv_heads, "--kv_heads"), ("vision_width", 4 * self.vision_heads, "4 x --vision_heads")):
+            if getattr(self, name) % unit:
+                raise ValueError(f"{name} {getattr(self, name)}: must be a multiple of {words}")
 
 
 # ---------------------------------------------------------------- vision: SigLIP
@@ -259,30 +274,127 @@ class Policy(nn.Module):
         return F.cross_entropy(logits, targets[learned])
 
 
-# ---------------------------------------------------------------- weights on disk
+# ---------------------------------------------------------------- files: whole or not at all, checked when read
+
+def write_whole(path, data):
+    """Write bytes beside `path`, down to the disk, and rename them into place: whatever stops the program, `path` is the old file
+    or the new one. OSError as of open(), and nothing is left beside it."""
+    part = Path(f"{path}.part")
+    try:
+        with open(part, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)
+        folder = os.open(part.parent, os.O_RDONLY)                 # the new name must reach the disk, too
+        os.fsync(folder)
+        os.close(folder)
+    except OSError:
+        part.unlink(missing_ok=True)
+        raise
+
+
+def write_json(path, content):
+    """Write JSON, whole or not at all."""
+    write_whole(path, json.dumps(content, indent=1).encode())
+
+
+def save_tensors(path, tensors, about):
+    """Write `path` (.safetensors) of {name: tensor}, if there are any, then beside it a JSON of the dictionary `about`, with a
+    checksum of both: together they are whole, or `load_tensors` says that they are not."""
+    about, data = json.loads(json.dumps(about)), save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}) if tensors else b""
+    if tensors:
+        write_whole(path, data)
+    write_json(Path(path).with_suffix(".json"), about | {"checksum": _checksum(data, about)})
+
+
+def load_tensors(path):
+    """Read what `save_tensors` wrote: (tensors, about). Only safetensors and JSON are read: nothing in them can run code.
+    FileNotFoundError if there is nothing; ValueError names the file if it is damaged or something else."""
+    path = Path(path)
+    try:
+        about = json.loads(path.with_suffix(".json").read_bytes())
+        given, data = about.pop("checksum"), path.read_bytes() if path.suffix == ".safetensors" else b""
+        if given != _checksum(data, about):
+            raise ValueError("its checksum is another")
+        return load(data) if data else {}, about
+    except (SafetensorError, AttributeError, TypeError, KeyError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: damaged, or not written by this program ({type(error).__name__}: {str(error)[:200]})") from error
+
+
+def _checksum(data, about):
+    return hashlib.sha256(data + json.dumps(about, sort_keys=True).encode()).hexdigest()
+
 
 def save_policy(policy, path, symbols):
-    """Write `path` (.safetensors) of a Policy, or of another network with a ModelConfig as `config`, and beside it a JSON with the
-    sizes and the vocabulary. Each file appears whole or not at all."""
-    path = Path(path)
-    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in policy.state_dict().items()}, f"{path}.part")
-    description = {"model": asdict(policy.config), "vocabulary": list(symbols)}
-    path.with_suffix(".json.part").write_text(json.dumps(description, indent=1))
-    path.with_suffix(".json.part").replace(path.with_suffix(".json"))
-    Path(f"{path}.part").replace(path)
+    """Write the weights of a Policy, or of another network with a ModelConfig as `config`, and a JSON with sizes and vocabulary."""
+    save_tensors(path, policy.state_dict(), {"model": asdict(policy.config), "vocabulary": list(symbols)})
 
 
 def load_policy(path, device="cpu", kind=Policy):
     """Read what `save_policy` wrote of a network of class `kind`: (network, vocabulary). ValueError names the file when it is
     damaged or does not fit."""
-    path = Path(path)
+    tensors, about = load_tensors(path)
     try:
-        description = json.loads(path.with_suffix(".json").read_text())
-        policy = kind(ModelConfig(**description["model"]))
-        policy.load_state_dict(load_file(path))
-    except (SafetensorError, RuntimeError, KeyError, TypeError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path}: not a policy this program wrote, or damaged ({error})") from error
-    return policy.to(device), description["vocabulary"]
+        config = ModelConfig(**about["model"])
+        with torch.device("meta"):                                 # shapes first: a declared size takes no memory here
+            expected = {name: (tensor.shape, tensor.dtype) for name, tensor in kind(config).state_dict().items()}
+        for name in sorted(expected.keys() | tensors.keys()):
+            if name not in tensors or name not in expected or expected[name] != (tensors[name].shape, tensors[name].dtype):
+                raise ValueError(f"{name} is missing, is too much, or has another shape or type")
+            if not tensors[name].isfinite().all():
+                raise ValueError(f"{name} holds numbers that are not finite")
+        policy = kind(config)
+        policy.load_state_dict(tensors)
+        if not all(isinstance(symbol, str) for symbol in about["vocabulary"]) or len(about["vocabulary"]) != config.vocabulary:
+            raise ValueError("its vocabulary does not fit its sizes")
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path}: not a policy of this program ({type(error).__name__}: {error})") from error
+    return policy.to(device), about["vocabulary"]
+
+
+def save_training(folder, model, optimizers, schedules, about):
+    """Write the next generation folder/N.safetensors of a training: weights, optimizers, schedules, and the dictionary `about`.
+    The generation before it is kept, in case this one gets damaged; older ones go."""
+    tensors = {f"model/{name}": tensor for name, tensor in model.state_dict().items()}
+    for i, optimizer in enumerate(optimizers):
+        for number, state in optimizer.state_dict()["state"].items():
+            tensors |= {f"{i}/{number}/{name}": value for name, value in state.items()}
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    number = max(_generations(folder), default=0) + 1
+    save_tensors(Path(folder) / f"{number}.safetensors", tensors, {"schedules": [schedule.state_dict() for schedule in schedules], **about})
+    for old in _generations(folder):
+        if old < number - 1:
+            for path in (Path(folder) / f"{old}.json", Path(folder) / f"{old}.safetensors"):
+                path.unlink(missing_ok=True)
+
+
+def load_training(folder, model, optimizers, schedules, **wanted):
+    """Put the newest whole generation back into model, optimizers and schedules, in place; returns its `about`, or None if there
+    is none, or if it is not of what is `wanted`."""
+    for number in sorted(_generations(folder), reverse=True):
+        try:
+            tensors, about = load_tensors(Path(folder) / f"{number}.safetensors")
+        except (ValueError, FileNotFoundError) as error:
+            print(f"{error}: going back to the one before", flush=True)
+            continue
+        if any(about[name] != value for name, value in wanted.items()):
+            return None
+        model.load_state_dict({name.removeprefix("model/"): tensor for name, tensor in tensors.items() if name.startswith("model/")})
+        for i, (optimizer, schedule, kept) in enumerate(zip(optimizers, schedules, about["schedules"])):
+            schedule.load_state_dict(kept)
+            state = defaultdict(dict)
+            for name, tensor in tensors.items():
+                if name.startswith(f"{i}/"):
+                    state[int(name.split("/")[1])][name.split("/")[2]] = tensor
+            groups = optimizer.state_dict()["param_groups"]
+            optimizer.load_state_dict({"state": state, "param_groups": [group | {"lr": lr} for group, lr in zip(groups, schedule.get_last_lr())]})
+        return about
+    return None
+
+
+def _generations(folder):
+    return [int(path.stem) for path in Path(folder).glob("*.json") if path.stem.isdigit()]
 
 
 # ---------------------------------------------------------------- training, used by every stage
@@ -294,12 +406,20 @@ class Example(NamedTuple):
     response: list
 
 
-def fit(model, optimizers, schedules, stream, updates, title):
+def fit(model, optimizers, schedules, stream, updates, title, folder=None):
     """The training loop of every stage: `updates` optimizer updates on `model.loss` of the next batches of `stream` (lists of Example).
     On a CPU a batch is cut in two parts of about as many tokens, for two threads; the sum of their gradients is the gradient of
-    the batch, and the same whether one worker does both. Returns the mean loss of the last 100 updates.
-    FloatingPointError names the update whose loss or gradient is not a finite number; that update is not made."""
-    parameters, losses, began, read = list(model.parameters()), [], time.time(), 0
+    the batch, and the same whether one worker does both. A GPU whose memory is too small gets smaller parts, with the same sum.
+
+    folder: there the state is saved at the end, on Ctrl-C and every SAVE_EVERY seconds; if it holds a state of this `title`, training
+    goes on from it, on the batches that follow, to the same weights as without a stop.
+    Returns the mean loss of the last 100 updates. FloatingPointError names the update whose loss or gradient is not a finite number;
+    that update is not made."""
+    parameters, began, read, parts = list(model.parameters()), time.time(), 0, 2 if model.device.type == "cpu" else 1
+    before = load_training(folder, model, optimizers, schedules, title=title) if folder else None
+    losses, saved = before["losses"] if before else [], time.time()
+    for _ in losses:
+        next(stream)
 
     def gradient(part, total):
         """(loss, token positions, gradients) of a part of a batch with `total` response tokens: its share of the batch's mean loss."""
@@ -308,26 +428,64 @@ def fit(model, optimizers, schedules, stream, updates, title):
             loss = model.loss(*batch) * (sum(len(example.response) for example in part) / total)
         return loss.item(), batch[1].numel(), torch.autograd.grad(loss, parameters)
 
-    with ThreadPoolExecutor(WORKERS) as pool, tqdm(total=updates, desc=title, unit=" updates", leave=False, mininterval=1) as bar:
-        for _ in range(updates):
+    bar = tqdm(total=updates, initial=len(losses), desc=title, unit=" updates", leave=False, mininterval=1)
+    with ThreadPoolExecutor(WORKERS) as pool, bar, ctrl_c_waits() as ctrl_c:
+        while len(losses) < updates:
             examples = next(stream)
-            reach = list(accumulate(len(example.prompt) + len(example.response) for example in examples))
-            half = next(i for i, tokens in enumerate(reach, 1) if 2 * tokens >= reach[-1]) if model.device.type == "cpu" else len(examples)
             total = sum(len(example.response) for example in examples)
-            found = list(pool.map(gradient, filter(None, (examples[:half], examples[half:])), repeat(total)))
+            try:
+                found = list(pool.map(gradient, cut(examples, parts), repeat(total)))
+            except torch.OutOfMemoryError:
+                if parts >= len(examples):
+                    raise
+                parts *= 2
+                print(f"{title}: out of memory; from now on a batch goes through in {parts} parts, with the same sum", flush=True)
+                stream = chain([examples], stream)
+                continue
             for parameter, *gradients in zip(parameters, *(gradients for _, _, gradients in found)):
                 parameter.grad = sum(gradients)
-            losses.append(sum(loss for loss, _, _ in found))
+            loss = sum(loss for loss, _, _ in found)
             norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-            if not math.isfinite(losses[-1] + norm.item()):
-                raise FloatingPointError(f"{title}: the loss or gradient of update {len(losses)} is not a finite number")
+            if not math.isfinite(loss + norm.item()):
+                raise FloatingPointError(f"{title}: the loss or gradient of update {len(losses) + 1} is not a finite number")
             for optimizer, schedule in zip(optimizers, schedules):
                 optimizer.step()
                 schedule.step()
+            losses.append(loss)
             read += sum(tokens for _, tokens, _ in found)
-            bar.set_postfix_str(f"loss {losses[-1]:.3f}, {read / (time.time() - began):,.0f} tokens/s", refresh=False)
+            bar.set_postfix_str(f"loss {loss:.3f}, {read / (time.time() - began):,.0f} tokens/s", refresh=False)
             bar.update()
+            if folder and (ctrl_c or len(losses) == updates or time.time() - saved > SAVE_EVERY):
+                save_training(folder, model, optimizers, schedules, {"title": title, "losses": losses})
+                saved = time.time()
+            if ctrl_c:
+                raise KeyboardInterrupt
     return sum(losses[-100:]) / len(losses[-100:]) if losses else None
+
+
+@contextmanager
+def ctrl_c_waits():
+    """Inside, Ctrl-C puts an entry into the list that is given; a second one interrupts at once."""
+    asked, in_main = [], threading.current_thread() is threading.main_thread()              # only there can it be had
+
+    def handler(*_):
+        asked.append("Ctrl-C")
+        if len(asked) > 1:
+            raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGINT, handler) if in_main else None
+    try:
+        yield asked
+    finally:
+        if in_main:
+            signal.signal(signal.SIGINT, before)
+
+
+def cut(examples, parts):
+    """Neighbouring examples in `parts` lists, or fewer, with about as many tokens in each."""
+    reach = list(accumulate(len(example.prompt) + len(example.response) for example in examples))
+    ends = [next(i for i, tokens in enumerate(reach, 1) if parts * tokens >= n * reach[-1]) for n in range(1, parts + 1)]
+    return [examples[start:end] for start, end in pairwise([0, *ends]) if start < end]
 
 
 def collate(examples):

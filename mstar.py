@@ -10,9 +10,11 @@ Departs:  the base model is trained here, from scratch, on a stated diet (stage_
           The learning rate is larger (the paper: 1e-6 for 8B parameters) and rounds are counted in updates, not epochs.
           Pixels, words and questions come from data.py's world.
 Run:      python mstar.py [--preset cpu|gpu|test] [--seed N] [--out runs/NAME] [any field of Config]
+          python mstar.py --resume runs/NAME
 """
 import argparse
 import copy
+import fcntl
 import inspect
 import json
 import math
@@ -20,11 +22,14 @@ import os
 import platform
 import random
 import re
+import shutil
 import sys
 import time
 import zlib
 from collections import Counter
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
+from itertools import chain, count, islice
 from pathlib import Path
 
 import numpy as np
@@ -32,9 +37,10 @@ import torch
 
 from data import TESTBEDS, Tokenizer, build_world, oracle, write_caption, write_reasoning
 from evaluate import (bootstrap_interval, evaluate_policy, grade, make_prompts, most_frequent_answer, paired_gain, print_report, reward_pass_at_k,
-                      sample_texts, share, write_json)
-from model import WORKERS, Example, ModelConfig, Policy, batches, fit, new_optimizers, save_policy
-from prm import label_steps, rerank, score, train_prm
+                      sample_texts, share)
+from model import (WORKERS, Example, ModelConfig, Policy, batches, fit, load_policy, load_tensors, load_training, new_optimizers, save_policy, save_tensors,
+                   save_training, write_json, write_whole)
+from prm import StepLabels, label_steps, rerank, score, train_prm
 
 METHODS = {     # the paper's rows, as bundles of switches (its Tables 1 and 4); "sft" is a stage of its own
     "sft": dict(select="all", temperature="1.0"),
@@ -79,8 +85,8 @@ class Config:
     base_worked: int = 200               # worked examples that are asked like a test question
     base_worked_with_answer: int = 6000  # worked examples with the answer in the prompt
     base_texts: int = 5                  # reasoning texts per worked example, by different routes
-    base_caption_updates: int = 800      # first captions and arithmetic alone, then
-    base_updates: int = 1000             # all of it
+    base_caption_updates: int = 1100      # first captions and arithmetic alone, then
+    base_updates: int = 800              # all of it
     base_lr: float = 3e-3                # of AdamW (embeddings, norms, biases)
     base_muon_lr: float = 2e-3           # of Muon (the matrices)
     # warm-up
@@ -148,43 +154,56 @@ PRESETS = {
 # ---------------------------------------------------------------- the run
 
 def main(argv=None):
-    """The main job: all stages in order, then the table. Returns the report."""
-    began = time.time()
+    """The main job: all stages in order, then the table. Returns the report. A run that was stopped anywhere, started again with
+    --resume, takes what is finished from its folder and ends as if it had not been stopped."""
     argv = sys.argv[1:] if argv is None else argv
-    cfg, preset = parse(argv)
-    out = new_folder(cfg, preset)
+    cfg, preset, out = parse(argv)
+    out = out or new_folder(cfg, preset)
+    with stopped_cleanly(out), alone_in(out):
+        if (out / "report.json").exists():
+            report = json.loads((out / "report.json").read_text())
+        else:
+            report = run(cfg, preset, out, " ".join(["python mstar.py", *argv]))
+        print_report(report)
+    return report
+
+
+def run(cfg, preset, out, command):
+    """All stages of one run; returns the report. What `done` keeps is not computed again."""
     device = cfg.device or available()[0]
     torch.manual_seed(cfg.seed)
     world, tokenizer = build_world(cfg.splits, cfg.world_seed), Tokenizer()
+    done = Checkpoint(out / "checkpoint", tokenizer, device)
     policy = new_policy(cfg, tokenizer).to(device)
     announce(cfg, preset, out, device, policy, world)
-    write_json(out / "config.json", {"preset": preset, **asdict(cfg), "splits": cfg.splits})
+    save_tensors(out / "config.json", {}, {"preset": preset, **asdict(cfg), "splits": cfg.splits, "command": command})
 
-    base = stage_base(cfg, policy, world, tokenizer)
-    warm = stage_warmup(cfg, base, world, tokenizer)
+    base = done.network("base", lambda: stage_base(cfg, policy, world, tokenizer, done))
+    warm = done.network("pi_0", lambda: stage_warmup(cfg, base, world, tokenizer, done))
     save_policy(warm, out / "warmup.safetensors", tokenizer.symbols)
     arms = arms_of(cfg)
-    prm, prm_metrics = stage_prm(cfg, warm, world, tokenizer, out) if any(needs_prm(arm) for arm in arms.values()) else (None, None)
-    rows = [evaluate_policy(name, p, world, tokenizer, cfg.max_new_tokens) for name, p in (("base", base), ("+ warm-up", warm))]
+    prm, prm_metrics = stage_prm(cfg, warm, world, tokenizer, out, done) if any(needs_prm(arm) for arm in arms.values()) else (None, None)
+    rows = [done.once(f"row {name}", lambda: evaluate_policy(name, p, world, tokenizer, cfg.max_new_tokens)) for name, p in (("base", base), ("+ warm-up", warm))]
     iterations = []
     for arm, switches in arms.items():                             # from the same pi_0 and PRM, equal responses and updates
         if arm == "sft":
-            policy = stage_direct_sft(cfg, base, world, tokenizer)
+            policy = done.network("sft", lambda: stage_direct_sft(cfg, base, world, tokenizer, done))
         else:
-            policy, metrics = self_evolve(switches, arm, warm, prm, world, tokenizer, out)
+            policy, metrics = self_evolve(switches, arm, warm, prm, world, tokenizer, done, iterations)
             iterations += metrics
-        rows.append(evaluate_policy(ROWS.get(arm, arm), policy, world, tokenizer, cfg.max_new_tokens))
+        name = ROWS.get(arm, arm)
+        rows.append(done.once(f"row {name}", lambda: evaluate_policy(name, policy, world, tokenizer, cfg.max_new_tokens)))
         if arm == cfg.method:
             save_policy(policy, out / "policy.safetensors", tokenizer.symbols)
     most_frequent = most_frequent_answer(world["labeled"], world["test"])
-    report = write_report(out, " ".join(["python mstar.py", *argv]), cfg, preset, device, rows, iterations, prm_metrics, most_frequent, began)
-    print_report(report)
+    report = write_report(out, command, cfg, preset, device, rows, iterations, prm_metrics, most_frequent, done.seconds())
+    shutil.rmtree(done.folder)
     return report
 
 
 # ---------------------------------------------------------------- stage 1: base
 
-def stage_base(cfg, policy, world, tokenizer):
+def stage_base(cfg, policy, world, tokenizer, done):
     """Train the stand-in for a pretrained LMM, in place: it sees and speaks, but reasons badly when asked alone.
 
     Diet, all from the base split's pictures: captions of everything in a picture and of things that the prompt asks for by
@@ -210,12 +229,12 @@ def stage_base(cfg, policy, world, tokenizer):
         examples += [Example(prompt.image, ids, tokenizer.response(text)) for text in texts]
     total = cfg.base_caption_updates + cfg.base_updates
     optimizers, schedules = new_optimizers(policy, cfg.base_lr, cfg.lr_warmup_updates, cfg.base_muon_lr, decay_over=total)
+    others = captions + facts                                      # a third of the second part's diet
+    diet = rng.sample(others, min(len(others), len(examples) // 2)) + examples or others
     # together=1: with up to four rows of a picture side by side, pi_0 had 26 % greedy accuracy instead of 38 (one trial of 1,200
     # caption updates against one of 1,300)
-    train(policy, optimizers, schedules, captions + facts, cfg.base_caption_updates, cfg, "base: captions, arithmetic", together=1)
-    others = captions + facts                                      # a third of the second part's diet
-    diet = rng.sample(others, min(len(others), len(examples) // 2)) + examples
-    loss = train(policy, optimizers, schedules, diet, cfg.base_updates, cfg, "base: + worked examples", together=1)
+    first, then = (batches(part, cfg.batch_size, random.Random(seed_of(cfg, name)), together=1) for part, name in ((others, "captions"), (diet, "worked examples")))
+    loss = fit(policy, optimizers, schedules, chain(islice(first, cfg.base_caption_updates), then), total, "base", done.training)
     print(f"base      {len(captions):,} captions, {len(facts):,} arithmetic texts, {len(examples):,} worked examples; loss {loss:.3f}", flush=True)
     return policy
 
@@ -238,7 +257,7 @@ def arithmetic(rng):
 
 # ---------------------------------------------------------------- stage 2: warm-up
 
-def stage_warmup(cfg, base, world, tokenizer):
+def stage_warmup(cfg, base, world, tokenizer, done):
     """The paper's warm-up: the base model writes reasoning with the answer in its prompt; responses whose own answer is
     wrong are dropped; the base model is trained on the rest, without the answer in the prompt. Returns pi_0, a new policy."""
     questions = world["labeled"][:cfg.warmup_questions]
@@ -250,18 +269,18 @@ def stage_warmup(cfg, base, world, tokenizer):
     policy = copy.deepcopy(base)
     # decayed, so that pi_0 is a settled policy: what self-evolving gains on it is not just a smaller learning rate
     optimizers, schedules = new_optimizers(policy, cfg.warmup_lr, cfg.lr_warmup_updates, decay_over=cfg.warmup_updates)
-    train(policy, optimizers, schedules, as_examples(questions, kept, tokenizer, cfg), cfg.warmup_updates, cfg, "warm-up: SFT")
+    train(policy, optimizers, schedules, as_examples(questions, kept, tokenizer, cfg), cfg.warmup_updates, cfg, "warm-up: SFT", done)
     return policy
 
 
-def stage_direct_sft(cfg, base, world, tokenizer):
+def stage_direct_sft(cfg, base, world, tokenizer, done):
     """The paper's "SFT" row: the base model trained on the answers of the labeled questions, without reasoning; as many
     updates as warm-up and self-evolving make together. Returns a new policy."""
     examples = [Example(prompt.image, prompt.ids, tokenizer.response(f"answer: {question.answer}"))
                 for prompt, question in zip(make_prompts(world["labeled"], tokenizer, cfg.image_size), world["labeled"])]
     policy, updates = copy.deepcopy(base), cfg.warmup_updates + cfg.evolve_updates
     optimizers, schedules = new_optimizers(policy, cfg.warmup_lr, cfg.lr_warmup_updates, decay_over=updates)
-    loss = train(policy, optimizers, schedules, examples, updates, cfg, "SFT on direct answers")
+    loss = train(policy, optimizers, schedules, examples, updates, cfg, "SFT on direct answers", done)
     print(f"SFT       {len(examples):,} direct answers; loss {loss:.3f}", flush=True)
     return policy
 
@@ -273,11 +292,13 @@ def needs_prm(cfg):
     return cfg.select in ("top", "threshold") or (cfg.temperature == "adaptive" and cfg.adapt_by == "reward_pass_at_k")
 
 
-def stage_prm(cfg, warm, world, tokenizer, out):
+def stage_prm(cfg, warm, world, tokenizer, out, done):
     """Label steps of pi_0's responses by Monte-Carlo rollouts and train the PRM on them. It is fixed from then on.
     Writes prm.safetensors and labels.json (for the audit). Returns (RewardModel, metrics on held-out questions)."""
     questions = world["labeled"][:cfg.prm_questions]
-    labels = label_steps(warm, questions, tokenizer, cfg.prm_responses, cfg.prm_rollouts, cfg.prm_temperature, cfg.max_new_tokens, seed_of(cfg, "labels"))
+    labels = done.once("labels", lambda: [label._asdict() for label in label_steps(
+        warm, questions, tokenizer, cfg.prm_responses, cfg.prm_rollouts, cfg.prm_temperature, cfg.max_new_tokens, seed_of(cfg, "labels"))])
+    labels = [StepLabels(**label) for label in labels]
     prm, metrics = train_prm(warm, questions, labels, tokenizer, cfg.prm_labels)
     save_policy(prm, out / "prm.safetensors", tokenizer.symbols)
     write_json(out / "labels.json", [label._asdict() for label in labels])
@@ -288,22 +309,22 @@ def stage_prm(cfg, warm, world, tokenizer, out):
 
 # ---------------------------------------------------------------- stage 4: self-evolve
 
-def self_evolve(cfg, arm, warm, prm, world, tokenizer, out):
+def self_evolve(cfg, arm, warm, prm, world, tokenizer, done, earlier=()):
     """The loop of the paper: generate, reward, improve, watch, balance; weights, optimizer and schedule live on between
-    iterations (or not: `start_from`, `optimizer`). Returns (policy, metrics of each iteration)."""
+    iterations (or not: `start_from`, `optimizer`). `earlier`: metrics of arms before this one, which metrics.jsonl holds, too.
+    Returns (policy, metrics of each iteration)."""
     policy = copy.deepcopy(warm)
     optimizers, schedules = new_optimizers(policy, cfg.evolve_lr, cfg.lr_warmup_updates)
-    temperature = 1.0 if cfg.temperature == "adaptive" else float(cfg.temperature)
-    metrics = []
-    stream = question_stream(world["labeled"], random.Random(seed_of(cfg, "questions")))
-    for iteration in range(cfg.iterations + 1):
+    start = 1.0 if cfg.temperature == "adaptive" else float(cfg.temperature)
+    temperature, metrics = done.load(arm, policy, optimizers, schedules) or (start, [])
+    for iteration in range(len(metrics), cfg.iterations + 1):
         began, trained = time.time(), {}
         if iteration > 0:
             # 1. Generate: L responses to the next questions from the current policy
-            questions = [next(stream) for _ in range(cfg.queries)]
+            questions = questions_of(cfg, iteration, world["labeled"])
             prompts = make_prompts(questions, tokenizer, cfg.image_size)
-            texts, _ = sample_texts(policy, prompts, tokenizer, cfg.rollouts_per_question, temperature, cfg.max_new_tokens,
-                                    seed_of(cfg, "generate", iteration), f"{arm} {iteration}: responses")
+            texts = done.once(f"{arm} {iteration} responses", lambda: sample_texts(
+                policy, prompts, tokenizer, cfg.rollouts_per_question, temperature, cfg.max_new_tokens, seed_of(cfg, "generate", iteration), f"{arm} {iteration}: responses")[0])
             # 2. Reward: H(1(a == a*) R_p): of the right and different responses, those that the PRM ranks highest
             right, counts = keep_right(questions, texts)
             kept = right
@@ -316,7 +337,7 @@ def self_evolve(cfg, arm, warm, prm, world, tokenizer, out):
             if cfg.optimizer == "reset":
                 optimizers, schedules = new_optimizers(policy, cfg.evolve_lr, cfg.lr_warmup_updates)
             updates = round(cfg.evolve_updates * iteration / cfg.iterations) - round(cfg.evolve_updates * (iteration - 1) / cfg.iterations)
-            loss = train(policy, optimizers, schedules, as_examples(questions, kept, tokenizer, cfg), updates, cfg, f"iteration {iteration}: SFT")
+            loss = train(policy, optimizers, schedules, as_examples(questions, kept, tokenizer, cfg), updates, cfg, f"{arm} {iteration}: SFT", done, seed=iteration)
             trained = {"queries": len(questions), "responses": counts["responses"], "correct": counts["right"], "right": len(right), "kept": len(kept),
                        "none_right": counts["none_right"], "all_right": counts["all_right"],
                        "right_false_step": false_steps(questions, right) / max(1, len(right)),
@@ -327,9 +348,10 @@ def self_evolve(cfg, arm, warm, prm, world, tokenizer, out):
         sweep = cfg.temperature == "adaptive" and iteration % cfg.sweep_every == 0 and iteration < cfg.iterations
         watched = monitor(cfg, policy, prm, world, tokenizer, iteration, temperature, sweep)
         metrics.append({"arm": arm, "iteration": iteration, **watched, **trained, "seconds": round(time.time() - began, 1)})
-        log(out, metrics[-1])
         if sweep:
             temperature = watched["sweep"]["chosen"]
+        log(done.folder.parent, [*earlier, *metrics])
+        done.save(arm, policy, optimizers, schedules, temperature, metrics)
     return policy, metrics
 
 
@@ -339,10 +361,12 @@ def response_rewards(prm, prompts, kept, tokenizer):
     return [min(steps) for (steps,) in scores]
 
 
-def question_stream(questions, rng):
-    """Endless questions: every one once before any comes again, in a new random order each time."""
-    while True:
-        yield from rng.sample(questions, len(questions))
+def questions_of(cfg, iteration, questions):
+    """The questions of an iteration: its part of an endless row, in which every question comes once before any comes again, in a
+    new random order each time."""
+    rng = random.Random(seed_of(cfg, "questions"))
+    row = chain.from_iterable(rng.sample(questions, len(questions)) for _ in count())
+    return list(islice(row, (iteration - 1) * cfg.queries, iteration * cfg.queries))
 
 
 def keep_right(questions, texts):
@@ -425,17 +449,22 @@ def as_examples(questions, kept, tokenizer, cfg):
 
 def new_policy(cfg, tokenizer):
     """A policy of the configured size with fresh weights (from torch's current random state)."""
-    names = {f.name for f in fields(ModelConfig)} & {f.name for f in fields(Config)}
-    return Policy(ModelConfig(vocabulary=len(tokenizer), **{name: getattr(cfg, name) for name in names}))
+    return Policy(ModelConfig(vocabulary=len(tokenizer), **sizes_of(cfg)))
 
 
-def train(policy, optimizers, schedules, examples, updates, cfg, title, together=2):
-    """SFT on examples in random order, up to `together` of one image side by side (2 at most, whatever is kept per question, so
-    that methods are compared on like batches). Returns the mean loss of the last 100 updates, or None without examples."""
+def sizes_of(cfg):
+    """What a Config says of the network, by name."""
+    return {f.name: getattr(cfg, f.name) for f in fields(ModelConfig) if hasattr(cfg, f.name)}
+
+
+def train(policy, optimizers, schedules, examples, updates, cfg, title, done, seed=0):
+    """SFT on examples in random order, up to two of one image side by side (whatever is kept per question, so that methods are
+    compared on like batches). Returns the mean loss of the last 100 updates, or None without examples."""
     if not examples:
         print(f"{title}: nothing to train on, going on without an update")
         return None
-    return fit(policy, optimizers, schedules, batches(examples, cfg.batch_size, random.Random(seed_of(cfg, title)), together=together), updates, title)
+    stream = batches(examples, cfg.batch_size, random.Random(seed_of(cfg, "SFT", seed)), together=2)
+    return fit(policy, optimizers, schedules, stream, updates, title, done.training)
 
 
 def seed_of(cfg, *what):
@@ -443,13 +472,107 @@ def seed_of(cfg, *what):
     return zlib.crc32(repr((cfg.seed, *what)).encode())
 
 
+# ---------------------------------------------------------------- nothing is lost
+
+class Checkpoint:
+    """What a run has finished: results of pieces of work, the state after each iteration, and the last states of the training
+    that goes on (model.fit writes them into the folder `training`). Each piece has its own seeds, so that one whose file is
+    missing or damaged is computed again, to the same result, and the order of pieces is all that has to be kept."""
+
+    def __init__(self, folder, tokenizer, device):
+        folder.mkdir(exist_ok=True)
+        self.folder, self.training, self.symbols, self.device = folder, folder / "training", tokenizer.symbols, device
+        self.began = time.time() - self._read(folder / "seconds.json", lambda path: load_tensors(path)[1]["result"], 0.0)
+
+    def seconds(self):
+        """How long the run has taken so far, without the time between its parts."""
+        return time.time() - self.began
+
+    def once(self, name, make):
+        """The result of make(), which is whatever JSON can hold; read back if it was made before."""
+        path = self.folder / f"{name}.json"
+        result = self._read(path, lambda path: load_tensors(path)[1]["result"])
+        return self._write(path, json.loads(json.dumps(make()))) if result is None else result
+
+    def network(self, name, make):
+        """The Policy that make() returns; read back if it was made before."""
+        path = self.folder / f"{name}.safetensors"
+        policy = self._read(path, lambda path: load_policy(path, self.device)[0])
+        if policy is None:
+            policy = make()
+            save_policy(policy, path, self.symbols)
+            self._write(self.folder / "seconds.json", self.seconds())
+        return policy
+
+    def save(self, arm, policy, optimizers, schedules, temperature, metrics):
+        """Everything that the next iteration of an arm needs. What its last iteration has kept by `once` goes."""
+        save_training(self.folder / arm, policy, optimizers, schedules, {"temperature": temperature, "metrics": metrics})
+        for old in self.folder.glob(f"{arm} *.json"):
+            old.unlink()
+        self._write(self.folder / "seconds.json", self.seconds())
+
+    def load(self, arm, policy, optimizers, schedules):
+        """Put back what `save` wrote; returns (temperature, metrics), or None if there is nothing."""
+        about = load_training(self.folder / arm, policy, optimizers, schedules)
+        return about and (about["temperature"], about["metrics"])
+
+    def _read(self, path, read, otherwise=None):
+        try:
+            return read(path)
+        except FileNotFoundError:
+            return otherwise
+        except ValueError as error:
+            print(f"{error}: made again", flush=True)
+            return otherwise
+
+    def _write(self, path, result):
+        save_tensors(path, {}, {"result": result})
+        return result
+
+
+@contextmanager
+def alone_in(out):
+    """Hold the folder's lock, which goes with the process however it ends. Exit 2 if another process holds it."""
+    with open(out / "lock", "a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            print(f"mstar.py: {out}: process {file.read()} is at work in this folder; wait for it, or stop it first", file=sys.stderr)
+            sys.exit(2)
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
+        yield
+        (out / "lock").unlink()
+
+
+@contextmanager
+def stopped_cleanly(out):
+    """One line instead of a traceback for what can stop a run from outside, and how to go on."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        line, status = "stopped", 130
+    except OSError as error:                                       # disk full, folder gone or read-only
+        line, status = f"{error.filename or out}: {error.strerror or error}", 2
+    except FloatingPointError as error:
+        line, status = str(error), 1
+    else:
+        return
+    print(f"mstar.py: {line}; what was saved is whole, go on with: python mstar.py --resume {out}", file=sys.stderr)
+    sys.exit(status)
+
+
 # ---------------------------------------------------------------- command line, screen and files
 
 def parse(argv):
-    """Flags to (Config, preset name): the preset first, then the method's switches, then what was typed. Exits 2 on wrong use."""
+    """Flags to (Config, preset name, folder): the preset first, then the method's switches, then what was typed; or, with --resume,
+    what the run in that folder was begun with. Without --resume the folder is None. Exits 2 on wrong use."""
     parser = argparse.ArgumentParser(description="M-STaR on a small world of visual math.", allow_abbrev=False)
     parser.error = lambda message: parser.exit(2, f"mstar.py: {message}; see python mstar.py --help\n")
-    parser.add_argument("--preset", choices=PRESETS, default="gpu" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--preset", choices=PRESETS, default=argparse.SUPPRESS)
+    parser.add_argument("--resume", metavar="runs/NAME", help="go on with a run that was stopped", default=argparse.SUPPRESS)
     choices = {"method": METHODS, "device": available(), "start_from": ("last", "warmup"), "optimizer": ("inherit", "reset"),
                "select": ("all", "top", "threshold", "random"), "adapt_by": ("reward_pass_at_k", "pass_at_k"), "prm_labels": ("soft", "hard")}
     comments = dict(re.findall(r"^    (\w+): \w+ = .*?# (.*)", inspect.getsource(Config), re.MULTILINE))     # a field's comment is its help
@@ -457,10 +580,13 @@ def parse(argv):
         parser.add_argument(f"--{f.name}", type=type(f.default), choices=choices.get(f.name), default=argparse.SUPPRESS, metavar=None if f.name in choices else "",
                             help=f"{comments.get(f.name, '')} [{f.default}]".replace("%", "%%"))
     given = vars(parser.parse_args(argv))
-    preset = given.pop("preset")
-    given["arms"] = given.get("arms") or given.get("method") or COMPARED
-    given.setdefault("method", given["arms"].split(",")[-1])
-    cfg = Config(**{**PRESETS[preset], **METHODS.get(given["method"], {}), **given})
+    if folder := given.pop("resume", None):
+        preset, cfg = begun_with(parser, Path(folder), given)
+    else:
+        preset = given.pop("preset", "gpu" if torch.cuda.is_available() else "cpu")
+        given["arms"] = given.get("arms") or given.get("method") or COMPARED
+        given.setdefault("method", given["arms"].split(",")[-1])
+        cfg = Config(**{**PRESETS[preset], **METHODS.get(given["method"], {}), **given})
     if unknown := set(cfg.arms.split(",")) - METHODS.keys():
         parser.error(f"--arms {cfg.arms}: {sorted(unknown)[0]!r} is not a method; known: {', '.join(METHODS)}")
     if cfg.method not in cfg.arms.split(","):
@@ -474,11 +600,28 @@ def parse(argv):
             parser.error(f"--{f.name} {value}: must be at least {least}")
     if not 0 < cfg.interval <= 1:
         parser.error(f"--interval {cfg.interval}: must be above 0 and at most 1, the share of the questions per iteration")
-    for name, unit, words in (("image_size", 64, "64"), ("image_size", 2 * cfg.patch_size, "twice --patch_size"), ("width", 2 * cfg.heads, "twice --heads"),
-                              ("heads", cfg.kv_heads, "--kv_heads"), ("vision_width", 4 * cfg.vision_heads, "4 x --vision_heads")):
-        if getattr(cfg, name) % unit:
-            parser.error(f"--{name} {getattr(cfg, name)}: must be a multiple of {words}")
-    return cfg, preset
+    if cfg.image_size % 64:
+        parser.error(f"--image_size {cfg.image_size}: must be a multiple of 64")
+    try:
+        ModelConfig(vocabulary=1, **sizes_of(cfg))
+    except ValueError as error:
+        parser.error(f"--{error}")
+    return cfg, preset, folder and Path(folder)
+
+
+def begun_with(parser, folder, given):
+    """(preset, Config) of the run in a folder. Exits 2 if there is none, or if a flag that was typed says something else."""
+    try:
+        about = load_tensors(folder / "config.json")[1]
+        saved = {f.name: about[f.name] for f in fields(Config)} | {"preset": about["preset"]}
+        if odd := [f.name for f in fields(Config) if type(saved[f.name]) is not type(f.default)]:
+            raise ValueError(f"{folder}/config.json: {odd[0]} {saved[odd[0]]!r} is of another type than in this version")
+    except (OSError, ValueError, KeyError) as error:
+        words = {FileNotFoundError: "no run was begun there", KeyError: f"a run of another version, without {error}"}
+        parser.error(f"--resume {folder}: {words.get(type(error), error)}")
+    if differ := [f"--{name} {value} (there: {saved[name]})" for name, value in given.items() if value != saved[name]]:
+        parser.error(f"--resume {folder}: a run goes on as it was begun, without {', '.join(differ)}")
+    return saved.pop("preset"), Config(**saved)
 
 
 def arms_of(cfg):
@@ -500,7 +643,7 @@ def new_folder(cfg, preset):
     try:
         out.mkdir(parents=True, exist_ok=True)
         if any(out.iterdir()):
-            raise OSError("not empty; nothing is overwritten, choose a new name")
+            raise OSError("not empty; nothing is overwritten, choose a new name, or go on with a stopped run by --resume")
         if not os.access(out, os.W_OK):
             raise OSError("not writable")
     except OSError as error:
@@ -531,9 +674,9 @@ def announce(cfg, preset, out, device, policy, world):
 
 
 def log(out, metrics):
-    """One line on screen and one in metrics.jsonl, and a second line on screen about a sweep."""
-    with open(out / "metrics.jsonl", "a") as file:
-        file.write(json.dumps(metrics) + "\n")
+    """metrics.jsonl, one line per iteration, and the last of them on screen, with a second line about a sweep."""
+    write_whole(out / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in metrics).encode())
+    metrics = metrics[-1]
     m, begin = metrics, f"{metrics['arm']} {metrics['iteration']:>2}: "
     names = {"greedy_accuracy": "greedy", "pass_at_1": "pass@1", "pass_at_k": f"pass@{m['k']}", "reward_pass_at_2": "Reward-Pass@2",
              "false_step": "right with a false step", "unparseable": "unparseable", "truncated": "truncated"}
@@ -549,14 +692,14 @@ def log(out, metrics):
               f"[{100 * low:.1f}, {100 * high:.1f}]; T {m['temperature']} would give {share(sweep['current_value'], 1)}", flush=True)
 
 
-def write_report(out, command, cfg, preset, device, rows, iterations, prm_metrics, most_frequent, began):
+def write_report(out, command, cfg, preset, device, rows, iterations, prm_metrics, most_frequent, seconds):
     """report.json: everything a table or figure is made from."""
     name = {row["name"]: row for row in rows}
     mine = name[ROWS.get(cfg.method, cfg.method)]
     report = {"command": command, "preset": preset, "method": cfg.method, "seed": cfg.seed,
               "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
               "device": torch.cuda.get_device_name() if device == "cuda" else f"{device}, {platform.machine()}, {WORKERS} workers",
-              "seconds": round(time.time() - began, 1), "config": asdict(cfg), "rows": rows, "iterations": iterations, "prm": prm_metrics,
+              "seconds": round(seconds, 1), "config": asdict(cfg), "rows": rows, "iterations": iterations, "prm": prm_metrics,
               "controls": {"most_frequent_answer": most_frequent},
               "gain_over": {row["name"]: paired_gain(mine, row) for row in rows if row is not mine}}
     write_json(out / "report.json", report)

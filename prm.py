@@ -25,8 +25,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from data import Tokenizer, build_world, oracle
-from evaluate import auc, balanced_accuracy, find_answer, grade, grade_greedily, make_prompts, sample_texts, write_json
-from model import WORKERS, Example, Policy, load_policy, pad_together
+from evaluate import auc, balanced_accuracy, find_answer, grade, grade_greedily, make_prompts, sample_texts
+from model import WORKERS, Example, Policy, load_policy, load_tensors, pad_together, write_json
 
 
 # ---------------------------------------------------------------- step labels
@@ -291,7 +291,7 @@ def main(argv=None):
     folder = Path(parser.parse_args(argv).run)
     device, tokenizer = "cuda" if torch.cuda.is_available() else "cpu", Tokenizer()
     try:
-        config = json.loads((folder / "config.json").read_text())
+        config = load_tensors(folder / "config.json")[1]
         policy, vocabulary = load_policy(folder / "warmup.safetensors", device)
         prm, _ = load_policy(folder / "prm.safetensors", device, RewardModel)
         labels = [StepLabels(**label) for label in json.loads((folder / "labels.json").read_text())]

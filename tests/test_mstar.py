@@ -1,6 +1,9 @@
 """The stages and the loop: what is learned, what is carried over, what a run leaves behind, and bad input."""
 import json
 import random
+import tempfile
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,10 +13,16 @@ import mstar
 from data import Tokenizer
 from evaluate import grade
 from model import Example, collate, new_optimizers
-from mstar import Config, keep_right, parse
+from mstar import Checkpoint, Config, keep_right, parse
 from prm import RewardModel
 
 TINY = ["--preset", "test"]
+UNKEPT = SimpleNamespace(training=None)                            # a training that is not saved
+
+
+@pytest.fixture
+def done(tmp_path, tokenizer):
+    return Checkpoint(tmp_path / "checkpoint", tokenizer, "cpu")
 
 
 def test_targets_are_the_response_and_nothing_else():
@@ -30,7 +39,7 @@ def test_training_lowers_the_loss_on_what_it_trains(policy):
     image = torch.randint(0, 255, (64, 64, 3), dtype=torch.uint8)
     examples = [Example(image, [1, 50 + i, 2], [60 + i, 70 - i, 3]) for i in range(8)]
     before = policy.loss(*collate(examples)).item()
-    mstar.train(policy, *new_optimizers(policy, 3e-3, 2), examples, 30, cfg, "test")
+    mstar.train(policy, *new_optimizers(policy, 3e-3, 2), examples, 30, cfg, "test", UNKEPT)
     assert policy.loss(*collate(examples)).item() < before / 4
 
 
@@ -52,15 +61,17 @@ def test_arithmetic_is_true():
         Tokenizer().encode(line)
 
 
-def test_question_stream_asks_all_before_any_again():
-    stream = mstar.question_stream(list(range(7)), random.Random(0))
-    rounds = [[next(stream) for _ in range(7)] for _ in range(3)]
+def test_all_questions_are_asked_before_any_again():
+    """Three an iteration out of seven: the iterations' questions in a row are all seven, then all seven in another order, ..."""
+    cfg = Config(labeled=7, interval=3 / 7)
+    asked = [q for iteration in range(1, 8) for q in mstar.questions_of(cfg, iteration, list(range(7)))]
+    rounds = [asked[start:start + 7] for start in (0, 7, 14)]
     assert all(sorted(r) == list(range(7)) for r in rounds) and rounds[0] != rounds[1]
 
 
 def evolve(world, tokenizer, tmp_path, monkeypatch, *flags):
     """self_evolve on the test preset with known right responses; returns what each call of train saw."""
-    cfg, _ = parse([*TINY, "--validation", "2", "--labeled", "8", "--passes", "1", "--method", "continuous", "--interval", "0.25", *flags])
+    cfg, *_ = parse([*TINY, "--validation", "2", "--labeled", "8", "--passes", "1", "--method", "continuous", "--interval", "0.25", *flags])
     torch.manual_seed(0)
     warm, calls = mstar.new_policy(cfg, tokenizer), []
     small = {"labeled": world["labeled"][:8], "validation": world["validation"][:2]}
@@ -70,17 +81,17 @@ def evolve(world, tokenizer, tmp_path, monkeypatch, *flags):
     monkeypatch.setattr(mstar, "sample_texts", lambda policy, prompts, tok, n, *rest: ([[right[tok.decode(p.ids)]] * n for p in prompts], None))
     real = mstar.train
 
-    def spy(policy, optimizers, schedules, examples, updates, cfg, title):
+    def spy(policy, optimizers, schedules, examples, updates, cfg, title, done, seed):
         start = {name: tensor.clone() for name, tensor in policy.state_dict().items()}
-        done = sum(int(state["step"]) for state in list(optimizers[0].state.values())[:1])
-        loss = real(policy, optimizers, schedules, examples, updates, cfg, title)
-        calls.append({"start": start, "end": {n: t.clone() for n, t in policy.state_dict().items()}, "done_before": done, "updates": updates,
+        already = sum(int(state["step"]) for state in list(optimizers[0].state.values())[:1])
+        loss = real(policy, optimizers, schedules, examples, updates, cfg, title, done, seed)
+        calls.append({"start": start, "end": {n: t.clone() for n, t in policy.state_dict().items()}, "done_before": already, "updates": updates,
                       "examples": examples})
         return loss
 
     monkeypatch.setattr(mstar, "train", spy)
     before = {name: tensor.clone() for name, tensor in warm.state_dict().items()}
-    mstar.self_evolve(cfg, cfg.method, warm, None, small, tokenizer, tmp_path)
+    mstar.self_evolve(cfg, cfg.method, warm, None, small, tokenizer, Checkpoint(Path(tempfile.mkdtemp(dir=tmp_path)) / "checkpoint", tokenizer, "cpu"))
     assert all(torch.equal(before[name], tensor) for name, tensor in warm.state_dict().items())     # pi_0 is used again by others
     return warm, calls
 
@@ -111,20 +122,20 @@ def test_methods_are_equal_when_there_is_one_iteration(world, tokenizer, tmp_pat
     assert same(ends[0], ends[1]) and same(ends[0], ends[2])
 
 
-def test_an_iteration_without_right_responses_goes_on(world, tokenizer, tmp_path, capsys):
-    cfg, _ = parse([*TINY, "--method", "mstar", "--passes", "0.5"])
+def test_an_iteration_without_right_responses_goes_on(world, tokenizer, tmp_path, done, capsys):
+    cfg, *_ = parse([*TINY, "--method", "mstar", "--passes", "0.5"])
     torch.manual_seed(0)
     policy = mstar.new_policy(cfg, tokenizer)
     prm = RewardModel(policy.config)
-    mstar.self_evolve(cfg, "mstar", policy, prm, {"labeled": world["labeled"][:40], "validation": world["validation"][:5]}, tokenizer, tmp_path)
+    mstar.self_evolve(cfg, "mstar", policy, prm, {"labeled": world["labeled"][:40], "validation": world["validation"][:5]}, tokenizer, done)
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert len(lines) == 3 and lines[1]["kept"] == 0 and lines[1]["updates"] == 0 and lines[1]["loss"] is None and lines[1]["none_right"] == 10
     assert "nothing to train on" in capsys.readouterr().out
 
 
-def test_selection_trains_on_the_highest_rewards_only(world, tokenizer, tmp_path, monkeypatch):
+def test_selection_trains_on_the_highest_rewards_only(world, tokenizer, done, monkeypatch):
     """Eight right responses per question, whose reward is known: top-2 trains on the two best and asks the PRM about no wrong one."""
-    cfg, _ = parse([*TINY, "--method", "prm", "--labeled", "8", "--passes", "0.5", "--interval", "0.5", "--keep_top", "2"])
+    cfg, *_ = parse([*TINY, "--method", "prm", "--labeled", "8", "--passes", "0.5", "--interval", "0.5", "--keep_top", "2"])
     questions, seen = world["labeled"][:8], []
     answer = {question.text: question.answer for question in questions}
 
@@ -141,15 +152,15 @@ def test_selection_trains_on_the_highest_rewards_only(world, tokenizer, tmp_path
                                                       "distinct": 0, "entropy": 0, "unparseable": 0, "truncated": 0})
     monkeypatch.setattr(mstar, "sample_texts", texts)
     monkeypatch.setattr(mstar, "response_rewards", rewards)
-    monkeypatch.setattr(mstar, "train", lambda policy, o, s, examples, *rest: seen.append([tokenizer.decode(e.response)[0] for e in examples]) or 0.0)
+    monkeypatch.setattr(mstar, "train", lambda policy, o, s, examples, *rest, **more: seen.append([tokenizer.decode(e.response)[0] for e in examples]) or 0.0)
     torch.manual_seed(0)
-    _, metrics = mstar.self_evolve(cfg, "prm", mstar.new_policy(cfg, tokenizer), None, {"labeled": questions, "validation": []}, tokenizer, tmp_path)
+    _, metrics = mstar.self_evolve(cfg, "prm", mstar.new_policy(cfg, tokenizer), None, {"labeled": questions, "validation": []}, tokenizer, done)
     assert seen == [["3", "4"] * 4] and metrics[1]["right"] == 20 and metrics[1]["kept"] == 8 and metrics[1]["none_right"] == metrics[1]["all_right"] == 0
 
 
 def test_a_sweep_equals_a_run_at_each_temperature(policy, world, tokenizer, monkeypatch):
     monkeypatch.setattr(mstar, "grade", lambda text, gold: "right" if len(text) % 3 == 0 else "wrong")       # a random policy is never right
-    cfg, _ = parse([*TINY, "--image_size", "64", "--patch_size", "8", "--monitor_rollouts", "3", "--max_new_tokens", "12"])
+    cfg, *_ = parse([*TINY, "--image_size", "64", "--patch_size", "8", "--monitor_rollouts", "3", "--max_new_tokens", "12"])
     torch.manual_seed(3)
     prm = RewardModel(policy.config)
     torch.nn.init.normal_(prm.head.weight)
@@ -164,15 +175,15 @@ def test_a_sweep_equals_a_run_at_each_temperature(policy, world, tokenizer, monk
             assert alone == {name: pytest.approx(value) for name, value in swept.items() if name != "sweep"}
 
 
-def test_the_swept_temperature_is_the_next_one_sampled_at(world, tokenizer, tmp_path, monkeypatch):
-    cfg, _ = parse([*TINY, "--method", "mstar", "--labeled", "8", "--passes", "2", "--interval", "0.5", "--sweep_every", "2"])
+def test_the_swept_temperature_is_the_next_one_sampled_at(world, tokenizer, done, monkeypatch):
+    cfg, *_ = parse([*TINY, "--method", "mstar", "--labeled", "8", "--passes", "2", "--interval", "0.5", "--sweep_every", "2"])
     used, chosen = [], iter((0.4, 1.3))
     monkeypatch.setattr(mstar, "sample_texts", lambda policy, prompts, tok, n, temperature, *rest: (used.append(temperature), ([["hm"] * n for _ in prompts], None))[1])
     monkeypatch.setattr(mstar, "response_rewards", lambda *a: [])
     monkeypatch.setattr(mstar, "log", lambda *a: None)
     monkeypatch.setattr(mstar, "monitor", lambda cfg, policy, prm, world, tok, iteration, temperature, sweep:
                         {"temperature": temperature} | ({"sweep": {"chosen": next(chosen)}} if sweep else {}))
-    _, metrics = mstar.self_evolve(cfg, "mstar", mstar.new_policy(cfg, tokenizer), None, {"labeled": world["labeled"][:8], "validation": []}, tokenizer, tmp_path)
+    _, metrics = mstar.self_evolve(cfg, "mstar", mstar.new_policy(cfg, tokenizer), None, {"labeled": world["labeled"][:8], "validation": []}, tokenizer, done)
     assert used == [0.4, 0.4, 1.3, 1.3] and [m["temperature"] for m in metrics] == [1.0, 0.4, 0.4, 1.3, 1.3]
 
 
@@ -196,7 +207,7 @@ def test_the_best_temperature_wins_and_a_tie_keeps_the_current_one():
 
 def test_reward_pass_is_over_as_many_responses_as_a_training_question_gets(policy, world, tokenizer, monkeypatch):
     """n = 4 watched, L = 2 in training: the mean over the two pairs, counted by hand."""
-    cfg, _ = parse([*TINY, "--image_size", "64", "--patch_size", "8", "--monitor_rollouts", "4", "--rollouts_per_question", "2"])
+    cfg, *_ = parse([*TINY, "--image_size", "64", "--patch_size", "8", "--monitor_rollouts", "4", "--rollouts_per_question", "2"])
     small, rng = {"validation": world["validation"][:5]}, random.Random(2)
     right = [[rng.random() < 0.4 for _ in range(5)] for _ in range(5)]
     rewards = [[rng.random() for _ in range(5)] for _ in range(5)]
@@ -275,7 +286,7 @@ def test_wrong_use_exits_2_with_one_line_and_writes_nothing(flags, named, tmp_pa
     (["--arms", "sft,prm"], "sft,prm", "prm", "top"), (["--arms", "continuous,prm", "--method", "continuous", "--select", "random"], "continuous,prm", "continuous", "random")])
 def test_what_is_run(flags, arms, method, select):
     """Everything by default, a method alone when it is named, and its switches are those that were typed."""
-    cfg, _ = parse([*TINY, *flags])
+    cfg, *_ = parse([*TINY, *flags])
     assert (cfg.arms, cfg.method, cfg.select) == (arms, method, select) and mstar.arms_of(cfg)[method] is cfg
     assert "prm" not in arms or method == "prm" or mstar.arms_of(cfg)["prm"].select == "top"
 
@@ -293,7 +304,7 @@ def test_a_folder_in_use_is_never_written_to(tmp_path, capsys):
 
 def test_default_folder_gets_a_number_instead_of_overwriting(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    cfg, preset = parse(TINY)
+    cfg, preset, _ = parse(TINY)
     names = []
     for _ in range(3):
         folder = mstar.new_folder(cfg, preset)
@@ -306,4 +317,4 @@ def test_a_loss_that_is_not_finite_stops_the_training(policy):
     policy.embed.weight.data[60] = float("nan")
     cfg, image = Config(batch_size=2), torch.zeros(64, 64, 3, dtype=torch.uint8)
     with pytest.raises(FloatingPointError, match="bad: the loss or gradient of update 1 "):
-        mstar.train(policy, *new_optimizers(policy, 1e-3, 2), [Example(image, [1, 50, 2], [60, 3])], 3, cfg, "bad")
+        mstar.train(policy, *new_optimizers(policy, 1e-3, 2), [Example(image, [1, 50, 2], [60, 3])], 3, cfg, "bad", UNKEPT)
