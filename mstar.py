@@ -85,7 +85,7 @@ class Config:
     base_worked: int = 200               # worked examples that are asked like a test question
     base_worked_with_answer: int = 6000  # worked examples with the answer in the prompt
     base_texts: int = 5                  # reasoning texts per worked example, by different routes
-    base_caption_updates: int = 1100      # first captions and arithmetic alone, then
+    base_caption_updates: int = 1100     # first captions and arithmetic alone, then
     base_updates: int = 800              # all of it
     base_lr: float = 3e-3                # of AdamW (embeddings, norms, biases)
     base_muon_lr: float = 2e-3           # of Muon (the matrices)
@@ -143,7 +143,7 @@ PRESETS = {
     "test": dict(labeled=40, validation=10, test=20, testbed=5, width=32, layers=1, heads=2, kv_heads=1, vision_width=16, vision_layers=1,
                  base_images=60, base_arithmetic=20, base_worked=20, base_worked_with_answer=20, base_caption_updates=4, base_updates=4,
                  warmup_questions=10, warmup_rollouts=2, warmup_updates=3, prm_questions=20, prm_rollouts=2, passes=0.5, rollouts_per_question=2, evolve_updates=4,
-                 batch_size=8, lr_warmup_updates=2, monitor_rollouts=4),
+                 batch_size=8, lr_warmup_updates=2, monitor_rollouts=4, max_new_tokens=24),
     # sized on paper for one GPU of 16-24 GB and an hour; not measured yet
     "gpu": dict(labeled=20000, patch_size=8, vision_width=256, vision_layers=4, vision_heads=4, width=384, layers=6, heads=6, kv_heads=6,
                 base_images=40000, base_arithmetic=20000, base_caption_updates=2000, base_updates=1500, base_lr=1e-3, base_muon_lr=2e-3,

@@ -20,7 +20,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-import evaluate                                                    # noqa: E402  (after the path is set)
+import torch                                                       # noqa: E402  (after the path is set)
+
+import evaluate                                                    # noqa: E402
 import model                                                       # noqa: E402
 import mstar                                                       # noqa: E402
 import prm                                                         # noqa: E402
@@ -35,9 +37,7 @@ def begin(argv, log, dies_at=None, rng=random):
     """Start mstar.main(argv) in a new process; returns its id. `dies_at`: the number of the write in which it dies."""
     if process := os.fork():
         return process
-    output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(output, 1)
-    os.dup2(output, 2)
+    sys.stdout = sys.stderr = open(log, "a", buffering=1)
     mstar.grade = prm.grade = evaluate.grade = guess
     model.SAVE_EVERY, writes, write_whole = 0, 0, model.write_whole
 
@@ -63,7 +63,6 @@ def begin(argv, log, dies_at=None, rng=random):
     except BaseException:
         import traceback
         traceback.print_exc()
-    sys.stdout.flush()
     os._exit(status)
 
 
@@ -78,6 +77,7 @@ def result(folder):
 def torture(kills, seed, folder, flags=()):
     """Returns (kills survived, runs compared, faults: list of str)."""
     rng, faults, survived, runs = random.Random(seed), [], 0, 0
+    torch.optim.AdamW([torch.zeros(1)])                            # imports much, once instead of in every process
     start = ["--preset", "test", *flags, "--out"]
     began = time.time()
     assert os.waitpid(begin([*start, str(folder / "untouched")], folder / "untouched.log"), 0)[1] == 0, (folder / "untouched.log").read_text()[-2000:]
