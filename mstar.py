@@ -35,12 +35,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from data import TESTBEDS, Tokenizer, build_world, oracle, write_caption, write_reasoning
+from data import TASKS, TESTBEDS, Tokenizer, build_world, oracle, write_caption, write_reasoning
 from evaluate import (bootstrap_interval, evaluate_policy, grade, make_prompts, most_frequent_answer, paired_gain, print_report, reward_pass_at_k,
                       sample_texts, share)
 from model import (WORKERS, Example, ModelConfig, Policy, batches, fit, load_policy, load_tensors, load_training, new_optimizers, save_policy, save_tensors,
                    save_training, write_json, write_whole)
-from prm import StepLabels, label_steps, rerank, score, train_prm
+from prm import StepLabels, label_responses, label_steps, rerank, score, train_prm
 
 METHODS = {     # the paper's rows, as bundles of switches (its Tables 1 and 4); "sft" is a stage of its own
     "sft": dict(select="all", temperature="1.0"),
@@ -52,6 +52,7 @@ METHODS = {     # the paper's rows, as bundles of switches (its Tables 1 and 4);
 }
 ROWS = {"sft": "SFT (direct answers)", "prm": "+ PRM re-rank", "mstar": "M-STaR"}      # names in the result table, where they differ
 COMPARED = "sft,continuous,prm,mstar"                               # what `python mstar.py` runs
+SHOWN = 2                                                          # questions of each task type and testbed that the report shows
 GRID = [round(0.3 + 0.1 * i, 1) for i in range(14)]                # the temperatures of a sweep, 0.3 .. 1.6
 
 
@@ -348,6 +349,8 @@ def self_evolve(cfg, arm, warm, prm, world, tokenizer, done, earlier=()):
         sweep = cfg.temperature == "adaptive" and iteration % cfg.sweep_every == 0 and iteration < cfg.iterations
         watched = monitor(cfg, policy, prm, world, tokenizer, iteration, temperature, sweep)
         metrics.append({"arm": arm, "iteration": iteration, **watched, **trained, "seconds": round(time.time() - began, 1)})
+        if arm == cfg.method:
+            write_samples(done.folder.parent / "samples", cfg, iteration, policy, warm, prm, world, tokenizer, temperature)
         if sweep:
             temperature = watched["sweep"]["chosen"]
         log(done.folder.parent, [*earlier, *metrics])
@@ -426,6 +429,32 @@ def monitor(cfg, policy, prm, world, tokenizer, iteration, temperature, sweep):
         metrics["sweep"] = choose_temperature({t: values[aim] for t, values in surface.items()}, temperature) | {
             "aim": aim, "surface": {str(t): {name: float(v.mean()) for name, v in values.items()} for t, values in surface.items()}}
     return metrics
+
+
+def write_samples(folder, cfg, iteration, policy, warm, prm, world, tokenizer, temperature):
+    """What the report shows of an iteration: SHOWN questions of each task type (from validation) and of each testbed, with L responses
+    at `temperature`; each with its grade, whether selection would take it, and for each step the PRM's score, the Monte-Carlo
+    label (rollouts of pi_0) and the oracle's verdict. Written to folder/ITERATION.json. Nothing of it is used for training."""
+    questions = [q for task in TASKS for q in [q for q in world["validation"] if q.task == task][:SHOWN]]
+    questions += [q for bed in TESTBEDS for q in world[bed][:SHOWN]]
+    prompts = make_prompts(questions, tokenizer, cfg.image_size)
+    texts, responses = sample_texts(policy, prompts, tokenizer, cfg.rollouts_per_question, temperature, cfg.max_new_tokens, seed_of(cfg, "samples"),
+                                    f"iteration {iteration}: samples for the report")
+    tokens = [[tuple(response.tokens) for response in group] for group in responses]
+    scores, labels = [[None] * len(group) for group in tokens], {}
+    if prm:
+        scores = score(prm, prompts, tokens, tokenizer)
+        labels = {(label.question, tuple(label.tokens)): [right / label.rollouts for right in label.right] for label in label_responses(
+            warm, questions, prompts, [list(dict.fromkeys(group)) for group in tokens], tokenizer, cfg.prm_rollouts, cfg.prm_temperature, cfg.max_new_tokens, seed_of(cfg, "samples"))}
+    right, _ = keep_right(questions, texts)
+    rewards = [min(scores[i][texts[i].index(text)]) if prm else 0.0 for i, text in right]
+    selected = set(rerank(right, rewards, cfg.select, cfg.keep_top, cfg.threshold, seed_of(cfg, "random", iteration)))
+    folder.mkdir(exist_ok=True)
+    write_json(folder / f"{iteration}.json", {"iteration": iteration, "temperature": temperature, "questions": [
+        {"id": question.id, "responses": [
+            {"text": text, "grade": grade(text, question.answer), "selected": (i, text) in selected and texts[i].index(text) == l,
+             "truncated": not responses[i][l].complete, "scores": scores[i][l], "labels": labels.get((i, tokens[i][l])), "oracle": oracle(question, text)}
+            for l, text in enumerate(texts[i])]} for i, question in enumerate(questions)]})
 
 
 def choose_temperature(values, current):

@@ -3,7 +3,7 @@ prm.py: the process reward model: how promising is each step of a response, and 
 
 Paper (arXiv 2412.17451v3): the reward R = H(1(a == a*) R_p), R_p = min over steps of f(step), and Top-K (section on the reward
     model); step labels from Monte-Carlo rollouts (Math-Shepherd, arXiv 2312.08935); weighted voting (section on prompts).
-Read:     label_steps -> train_prm -> score -> rerank, weighted_vote -> audit   (top-down: in the order a run uses them)
+Read:     label_steps -> label_responses -> train_prm -> score -> rerank, weighted_vote -> audit   (top-down: in the order a run uses them)
 Departs:  only the head is trained, and it reads log-probabilities, not hidden states (see RewardModel). Rollouts per step and
           their temperature are not published: ours are in mstar.Config.
 Run:      python prm.py runs/NAME      (audit the PRM of a run: labels and scores against the oracle, verifier against re-ranker)
@@ -47,23 +47,29 @@ def step_ends(tokens, tokenizer):
 
 
 def label_steps(policy, questions, tokenizer, responses_per_question, rollouts, temperature, max_new_tokens, seed):
-    """Monte-Carlo step labels: sample responses to each question at temperature 1, right or wrong; complete every prefix that
-    ends at a step `rollouts` times at `temperature`; count the right completions. The last step needs no rollout: its answer is
-    there. Returns a list of StepLabels, one per different response. All prefixes of a question share its prefill, and each
-    prefix is computed once. Rollouts of a question use the same random numbers whatever their prefix: two steps are compared by
-    what they say, not by luck."""
+    """Monte-Carlo step labels: sample responses to each question at temperature 1, right or wrong, and label the different ones.
+    Returns a list of StepLabels, one per different response."""
     prompts = make_prompts(questions, tokenizer, policy.config.image_size)
     _, responses = sample_texts(policy, prompts, tokenizer, responses_per_question, 1.0, max_new_tokens, seed, "step labels: responses")
     different = [list(dict.fromkeys(tuple(response.tokens) for response in group)) for group in responses]
-    prefixes = [list(dict.fromkeys(tokens[:end + 1] for tokens in group for end in step_ends(tokens, tokenizer)[:-1])) for group in different]
-    print(f"PRM       {sum(map(len, different)):,} different responses to {len(questions):,} questions to label, "
-          f"{sum(map(len, prefixes)):,} prefixes, {rollouts * sum(map(len, prefixes)):,} rollouts", flush=True)
-    completed, _ = sample_texts(policy, prompts, tokenizer, rollouts, temperature, max_new_tokens, seed + 1, "step labels: rollouts", prefixes=prefixes)
+    prefixes = sum(len({tokens[:end] for tokens in group for end in step_ends(tokens, tokenizer)[:-1]}) for group in different)
+    print(f"PRM       {sum(map(len, different)):,} different responses to {len(questions):,} questions to label, {prefixes:,} prefixes, "
+          f"{rollouts * prefixes:,} rollouts", flush=True)
+    return label_responses(policy, questions, prompts, different, tokenizer, rollouts, temperature, max_new_tokens, seed + 1)
+
+
+def label_responses(policy, questions, prompts, responses, tokenizer, rollouts, temperature, max_new_tokens, seed):
+    """Label the steps of given responses, one list of token tuples per question: complete every prefix that ends at a step `rollouts`
+    times at `temperature`; count the right completions. The last step needs no rollout: its answer is there. All prefixes of a
+    question share its prefill, and each prefix is computed once. Rollouts of a question use the same random numbers whatever
+    their prefix: two steps are compared by what they say, not by luck. Returns a list of StepLabels."""
+    prefixes = [list(dict.fromkeys(tokens[:end + 1] for tokens in group for end in step_ends(tokens, tokenizer)[:-1])) for group in responses]
+    completed, _ = sample_texts(policy, prompts, tokenizer, rollouts, temperature, max_new_tokens, seed, "step labels: rollouts", prefixes=prefixes)
     labels = []
     for i, question in enumerate(questions):
         right = [grade(text, question.answer) == "right" for text in completed[i]]
         of_prefix = {prefix: sum(right[j * rollouts:(j + 1) * rollouts]) for j, prefix in enumerate(prefixes[i])}
-        for tokens in different[i]:
+        for tokens in responses[i]:
             ends = step_ends(tokens, tokenizer)
             last = rollouts * (grade(tokenizer.decode(tokens), question.answer) == "right")
             labels.append(StepLabels(i, list(tokens), ends, [of_prefix[tokens[:end + 1]] for end in ends[:-1]] + [last], rollouts))

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import mstar
-from data import Tokenizer
+from data import TESTBEDS, Tokenizer
 from evaluate import grade
 from model import Example, collate, new_optimizers
 from mstar import Checkpoint, Config, keep_right, parse
@@ -75,6 +75,7 @@ def evolve(world, tokenizer, tmp_path, monkeypatch, *flags):
     torch.manual_seed(0)
     warm, calls = mstar.new_policy(cfg, tokenizer), []
     small = {"labeled": world["labeled"][:8], "validation": world["validation"][:2]}
+    monkeypatch.setattr(mstar, "write_samples", lambda *a: None)
     monkeypatch.setattr(mstar, "monitor", lambda *a, **k: {"temperature": 1.0, "greedy_accuracy": 0, "pass_at_1": 0, "pass_at_k": 0, "k": 4, "false_step": 0,
                                                            "distinct": 0, "entropy": 0, "unparseable": 0, "truncated": 0})
     right = {question.text: f"answer: {question.answer}" for question in small["labeled"]}
@@ -122,7 +123,8 @@ def test_methods_are_equal_when_there_is_one_iteration(world, tokenizer, tmp_pat
     assert same(ends[0], ends[1]) and same(ends[0], ends[2])
 
 
-def test_an_iteration_without_right_responses_goes_on(world, tokenizer, tmp_path, done, capsys):
+def test_an_iteration_without_right_responses_goes_on(world, tokenizer, tmp_path, done, monkeypatch, capsys):
+    monkeypatch.setattr(mstar, "write_samples", lambda *a: None)
     cfg, *_ = parse([*TINY, "--method", "mstar", "--passes", "0.5"])
     torch.manual_seed(0)
     policy = mstar.new_policy(cfg, tokenizer)
@@ -148,6 +150,7 @@ def test_selection_trains_on_the_highest_rewards_only(world, tokenizer, done, mo
 
     questions_of, real = [], mstar.keep_right
     monkeypatch.setattr(mstar, "keep_right", lambda qs, t: questions_of.append(qs) or real(qs, t))
+    monkeypatch.setattr(mstar, "write_samples", lambda *a: None)
     monkeypatch.setattr(mstar, "monitor", lambda *a: {"temperature": 1.0, "greedy_accuracy": 0, "pass_at_1": 0, "pass_at_k": 0, "k": 4, "false_step": 0,
                                                       "distinct": 0, "entropy": 0, "unparseable": 0, "truncated": 0})
     monkeypatch.setattr(mstar, "sample_texts", texts)
@@ -181,6 +184,7 @@ def test_the_swept_temperature_is_the_next_one_sampled_at(world, tokenizer, done
     monkeypatch.setattr(mstar, "sample_texts", lambda policy, prompts, tok, n, temperature, *rest: (used.append(temperature), ([["hm"] * n for _ in prompts], None))[1])
     monkeypatch.setattr(mstar, "response_rewards", lambda *a: [])
     monkeypatch.setattr(mstar, "log", lambda *a: None)
+    monkeypatch.setattr(mstar, "write_samples", lambda *a: None)
     monkeypatch.setattr(mstar, "monitor", lambda cfg, policy, prm, world, tok, iteration, temperature, sweep:
                         {"temperature": temperature} | ({"sweep": {"chosen": next(chosen)}} if sweep else {}))
     _, metrics = mstar.self_evolve(cfg, "mstar", mstar.new_policy(cfg, tokenizer), None, {"labeled": world["labeled"][:8], "validation": []}, tokenizer, done)
@@ -234,7 +238,7 @@ def test_a_run_writes_its_files(two_runs):
     folders, (report, _) = two_runs
     assert sorted(path.name for path in folders[0].iterdir()) == [
         "config.json", "labels.json", "metrics.jsonl", "policy.json", "policy.safetensors", "prm.json", "prm.safetensors", "report.json",
-        "warmup.json", "warmup.safetensors"]
+        "samples", "warmup.json", "warmup.safetensors"]
     assert json.loads((folders[0] / "report.json").read_text()) == report
     assert [row["name"] for row in report["rows"]] == ["base", "+ warm-up", "SFT (direct answers)", "continuous", "+ PRM re-rank", "M-STaR"]
     assert {"command", "preset", "method", "seed", "versions", "device", "seconds", "config", "rows", "iterations"} <= report.keys()
@@ -247,6 +251,15 @@ def test_arms_get_equal_responses_and_updates_and_their_own_switches(two_runs):
     for name in ("responses", "queries", "iteration"):
         assert len({tuple(line.get(name) for line in lines) for lines in arms.values()}) == 1
     assert "sweep" in arms["mstar"][0] and not any("sweep" in line for arm in ("continuous", "prm") for line in arms[arm])
+
+
+def test_samples_show_fixed_questions_with_a_verdict_per_step(two_runs):
+    shown = [json.loads((two_runs[0][0] / "samples" / f"{iteration}.json").read_text()) for iteration in range(3)]
+    ids = [[question["id"] for question in part["questions"]] for part in shown]
+    assert ids[0] == ids[1] == ids[2] and len(ids[0]) == 2 * 10 and {name.split("/")[0] for name in ids[0]} == {"validation", *TESTBEDS}
+    for response in (response for part in shown for question in part["questions"] for response in question["responses"]):
+        assert len(response["scores"]) == len(response["labels"]) == len(response["oracle"]) == response["text"].count("\n") + 1
+        assert not response["selected"] or response["grade"] == "right"
 
 
 def test_same_seed_same_rows_and_bytes(two_runs):

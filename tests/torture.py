@@ -71,7 +71,8 @@ def result(folder):
     report = json.loads((folder / "report.json").read_text())
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     untimed = [[{name: value for name, value in line.items() if name != "seconds"} for line in part] for part in (report["iterations"], lines)]
-    return [report["rows"], report["gain_over"], report["prm"], *untimed] + [(folder / f"{name}.safetensors").read_bytes() for name in ("warmup", "prm", "policy")]
+    samples = [path.read_text() for path in sorted((folder / "samples").iterdir())]
+    return [samples, report["rows"], report["gain_over"], report["prm"], *untimed] + [(folder / f"{name}.safetensors").read_bytes() for name in ("warmup", "prm", "policy")]
 
 
 def torture(kills, seed, folder, flags=()):
@@ -82,7 +83,7 @@ def torture(kills, seed, folder, flags=()):
     began = time.time()
     assert os.waitpid(begin([*start, str(folder / "untouched")], folder / "untouched.log"), 0)[1] == 0, (folder / "untouched.log").read_text()[-2000:]
     seconds, expected = time.time() - began, result(folder / "untouched")
-    assert expected[3][1]["kept"], "nothing was trained on: the test would prove little"
+    assert expected[4][1]["kept"], "nothing was trained on: the test would prove little"
     while survived < kills:
         runs += 1
         out, log, died = folder / f"run{runs}", folder / f"run{runs}.log", 0
