@@ -36,7 +36,7 @@ import numpy as np
 import torch
 
 from data import TASKS, TESTBEDS, Tokenizer, build_world, oracle, write_caption, write_reasoning
-from evaluate import (bootstrap_interval, evaluate_policy, grade, make_prompts, most_frequent_answer, paired_gain, print_report, reward_pass_at_k,
+from evaluate import (auc, bootstrap_interval, evaluate_policy, grade, make_prompts, most_frequent_answer, paired_gain, print_report, reward_pass_at_k,
                       sample_texts, share)
 from model import (WORKERS, Example, ModelConfig, Policy, batches, fit, load_policy, load_tensors, load_training, new_optimizers, save_policy, save_tensors,
                    save_training, write_json, write_whole)
@@ -424,6 +424,8 @@ def monitor(cfg, policy, prm, world, tokenizer, iteration, temperature, sweep):
                "entropy": -float(np.mean([log_prob for response in sampled for log_prob in response.log_probs])),
                "unparseable": sum(group[now].count("unparseable") for group in grades) / len(sampled),
                "truncated": sum(not response.complete for response in sampled) / len(sampled)}
+    if prm:                                                        # does the PRM, fixed since pi_0, still know this policy's right responses?
+        metrics["mean_reward"], metrics["reward_auc"] = float(rewards[:, now].mean()), auc(right[:, now].ravel(), rewards[:, now].ravel())
     if sweep:
         aim = "pass_at_k" if cfg.adapt_by == "pass_at_k" else f"reward_pass_at_{min(cfg.keep_top, L)}"
         metrics["sweep"] = choose_temperature({t: values[aim] for t, values in surface.items()}, temperature) | {
