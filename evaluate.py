@@ -3,26 +3,34 @@ evaluate.py: is an answer right, how good is a policy, and how sure are we of it
 
 Paper (arXiv 2412.17451v3): the binary reward 1(a == a*) (section on the reward model), greedy accuracy and Pass@K (section
     on dynamics), the columns of its tables (in-domain test; MathVista's task types; out-of-domain benchmarks).
-Read:     evaluate_policy -> grade_greedily -> grade, then the statistics   (top-down)
+Read:     evaluate_policy -> grade_greedily -> grade, the statistics, write_html   (top-down)
 Departs:  the in-domain test carries the task columns (the paper gives them for MathVista); the out-of-domain columns are
           our five testbeds. Answers are numbers. Intervals are ours: the paper gives none.
-Run:      python evaluate.py runs/NAME      (score a saved policy again)
+Run:      python evaluate.py runs/NAME               (score a saved policy again)
+          python evaluate.py runs/NAME --report      (make report.html again)
+          python evaluate.py runs/A runs/B           (compare)
 """
 import argparse
+import base64
+import hashlib
+import io
+import json
 import math
 import re
 import sys
 import time
 from collections import Counter
 from fractions import Fraction
+from html import escape
 from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 from tqdm import tqdm
 
 from data import TASKS, TESTBEDS, Tokenizer, build_world, render
-from model import Prompt, load_policy, load_tensors, sample
+from model import Prompt, load_policy, load_tensors, sample, write_json, write_whole
 
 COLUMNS = ("ID", *TASKS, *TESTBEDS, "OOD")
 
@@ -203,19 +211,298 @@ def share(part, whole):
     return f"{100 * part / whole:.1f} %" if whole and part is not None else "-"
 
 
+# ---------------------------------------------------------------- report.html: what happened, to look at
+
+STYLE = """
+:root { color-scheme: light dark; --bg: #fff; --ink: #1b1b1b; --soft: #5d5d5d; --line: #d5d5d5; --box: #f6f6f4; --good: #2a78c2; --bad: #e07b00;
+  --c0: #0072b2; --c1: #d55e00; --c2: #009e73; --c3: #a7588a }
+@media (prefers-color-scheme: dark) { :root { --bg: #16181b; --ink: #e8e8e6; --soft: #a5a7aa; --line: #3b3f44; --box: #1f2226; --good: #5aa7ec; --bad: #f29a38;
+  --c0: #56b4e9; --c1: #f0904a; --c2: #35c79b; --c3: #d995bd } }
+body { background: var(--bg); color: var(--ink); font: 16px/1.5 system-ui, sans-serif; margin: 0 auto; padding: 1rem; max-width: 75rem }
+h1 { font-size: 1.5rem } h2 { margin-top: 2.5rem; border-bottom: 1px solid var(--line) } small, figcaption, .soft { color: var(--soft); font-size: .85rem }
+code { background: var(--box); padding: .1rem .3rem; overflow-wrap: anywhere } .scroll { overflow-x: auto } pre { overflow-x: auto }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums } th, td { padding: .25rem .6rem; text-align: right; border-bottom: 1px solid var(--line) }
+th:first-child, td:first-child, td.words { text-align: left } td.chosen { outline: 3px solid var(--ink); outline-offset: -3px; font-weight: bold }
+td.heat { background: color-mix(in srgb, var(--good) calc(var(--s) * 60%), transparent) }
+.charts { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(22rem, 100%), 1fr)); gap: 1.5rem } figure { margin: 0 }
+svg text { fill: var(--ink); font-size: 12px } svg .grid { stroke: var(--line) } .key { margin-right: 1rem; white-space: nowrap }
+article { border: 1px solid var(--line); border-radius: .5rem; padding: 1rem; margin: 1rem 0; display: grid; grid-template-columns: 10rem minmax(0, 1fr); gap: 1rem }
+@media (max-width: 40rem) { article { grid-template-columns: 1fr } } article img { width: 8rem; image-rendering: pixelated; border: 1px solid var(--line); background: #fff }
+.responses { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(15rem, 100%), 1fr)); gap: .75rem; padding: 0; list-style: none; margin: .5rem 0 }
+.response { background: var(--box); border-radius: .4rem; padding: .5rem } .selected { outline: 3px solid var(--good) } .response ol { margin: .3rem 0 0; padding: 0; list-style: none }
+.response ol li { --mix: color-mix(in srgb, var(--good) calc(var(--s) * 100%), var(--bad)); border-left: .4rem solid var(--mix); padding: 0 .4rem; margin: 2px 0;
+  background: color-mix(in srgb, var(--mix) 18%, transparent); overflow-wrap: anywhere } .response small { display: block } [hidden] { display: none !important }
+.filter { position: sticky; top: 0; background: var(--bg); padding: .5rem 0; display: flex; flex-wrap: wrap; gap: 1rem } select { font: inherit } summary { cursor: pointer }
+"""
+SCRIPT = """
+const choice = name => document.getElementById(name).value;
+function filter() {
+  for (const article of document.querySelectorAll('article')) {
+    let any = false;
+    for (const round of article.querySelectorAll('details')) {
+      let some = false;
+      for (const response of round.querySelectorAll('.response')) {
+        response.hidden = !['any', ...response.dataset.outcome.split(' ')].includes(choice('outcome'));
+        some ||= !response.hidden;
+      }
+      round.hidden = !some || !['any', round.dataset.iteration].includes(choice('iteration'));
+      if (!round.hidden && choice('iteration') !== 'any') round.open = true;
+      any ||= !round.hidden;
+    }
+    article.hidden = !any || !['any', article.dataset.kind].includes(choice('kind'));
+  }
+}
+document.querySelector('.filter').hidden = false;
+for (const select of document.querySelectorAll('select')) select.addEventListener('change', filter);
+filter();
+"""
+CURVES = (     # field of metrics.jsonl or a function of a line, title, unit, how to read it
+    ("greedy_accuracy", "Greedy accuracy", "%", "Exploitation: should rise and then flatten (the paper's Figure 3)."),
+    ("pass_at_k", "Pass@k", "%", "Exploration: one of k responses is right. It falls where training narrows the policy (Figure 3, 4a)."),
+    (lambda m: m["pass_at_k"] - m["greedy_accuracy"], "Pass@k minus greedy", "points", "What is left to gain by selection; the paper sees it shrink (Figure 4b)."),
+    ("reward_pass_at_2", "Reward-Pass@2", "%", "What the PRM can exploit of what is explored; saturates early in the paper (Figure 4c, 5)."),
+    ("temperature", "Temperature of the responses", "T", "Where the sweeps put it; constant in the other methods (section on adaptive exploration)."),
+    ("kept", "Responses trained on", "responses", "After grading, without repeats, and after the PRM's choice."),
+    ("distinct", "Different responses", "%", "Different texts among a question's responses: near zero there is nothing left to choose from."),
+    ("entropy", "Entropy", "nats per token", "Of the distribution that is sampled from: a fall says that the policy repeats itself."),
+    ("loss", "Loss", "nats per token", "Of the last 100 updates, on the policy's own responses: low from the start, they are likely by making."))
+
+
+def write_html(folder):
+    """Write folder/report.html from the files of a run, finished or not: one page that needs no network and no other file. A section
+    whose file is missing says so. Text of policies and questions is escaped, and no script but ours may run on the page."""
+    folder = Path(folder)
+    config, found = load_tensors(folder / "config.json")[1], {name: json.loads((folder / f"{name}.json").read_text()) if (folder / f"{name}.json").exists() else None for name in ("report", "audit")}
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()] if (folder / "metrics.jsonl").exists() else []
+    rounds = sorted((json.loads(path.read_text()) for path in (folder / "samples").glob("*.json")), key=lambda part: part["iteration"])
+    report, mine = found["report"], [line for line in lines if line["arm"] == config["method"]]
+    parts = [html_headline(report, config, lines), "<h2>Result</h2>", html_rows(report) if report else missing("report.json", "the run has not ended"),
+             "<h2>Health</h2>", html_health(mine, report) if mine else missing("metrics.jsonl", "no iteration has ended"),
+             "<h2>Over iterations</h2>", html_curves(lines) if lines else missing("metrics.jsonl", "no iteration has ended"),
+             "<h2>Temperatures</h2>", html_surface(mine), "<h2>Process reward model against the oracle</h2>",
+             html_audit(found["audit"]) if found["audit"] else missing("audit.json", f"python prm.py {folder} makes it"),
+             "<h2>Samples</h2>", html_samples(rounds, config) if rounds else missing("samples/", "no iteration has ended")]
+    policy = f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode()}'"
+    script = f"<script>{SCRIPT}</script>" if rounds else ""
+    write_whole(folder / "report.html", f"""<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
+<meta http-equiv="Content-Security-Policy" content="{policy}"><title>M-STaR: {escape(folder.name)}</title><style>{STYLE}</style><body>{''.join(parts)}{script}</body></html>""".encode())
+    return folder / "report.html"
+
+
+def missing(name, why):
+    """A section that cannot be made."""
+    return f"<p class='soft'>Not there: {escape(name)} ({escape(why)}).</p>"
+
+
+def html_table(head, rows):
+    """An HTML table of cells that are HTML already."""
+    return ("<div class='scroll'><table><tr>" + "".join(f"<th>{cell}</th>" for cell in head) + "</tr>"
+            + "".join("<tr>" + "".join(cell if str(cell).startswith("<td") else f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows) + "</table></div>")
+
+
+def html_headline(report, config, lines):
+    if not report:
+        return f"<h1>An unfinished run of {escape(config['method'])}: {len(lines)} iterations so far</h1><p><code>{escape(config['command'])}</code></p>"
+    gain, row = report["gain_over"]["+ warm-up"]["id"], next(row for row in report["rows"] if row["name"] not in report["gain_over"])
+    return (f"<h1>{escape(row['name'])}: {share(row['id']['all'], 1)} in domain, {points(gain)} over warm-up</h1>"
+            f"<p>{report['seconds'] / 60:.1f} minutes on {escape(report['device'])}, preset {escape(report['preset'])}, seed {report['seed']}. In brackets: 95 % intervals over questions. "
+            f"<code>{escape(report['command'])}</code></p>")
+
+
+def points(gain):
+    """"+1.2 points [+0.3, +2.1]" of (gain, low, high)."""
+    return f"{100 * gain[0]:+.1f} points [{100 * gain[1]:+.1f}, {100 * gain[2]:+.1f}]"
+
+
+def html_rows(report):
+    def cells(row):
+        for part, keys in (("id", ("all", *TASKS)), ("ood", (*TESTBEDS, "all"))):
+            for key in keys:
+                low, high = row["ci95"][part][key]
+                yield f"{100 * row[part][key]:.1f} <small>[{100 * low:.0f}, {100 * high:.0f}]</small>"
+    gains = "".join(f"<li>over {escape(name)}: {points(gain['id'])} in domain, {points(gain['ood'])} out of domain</li>" for name, gain in report["gain_over"].items())
+    return html_table(["%", *COLUMNS], [[escape(row["name"]), *cells(row)] for row in report["rows"]]) + f"<p>Gains of {escape(report['method'])}, paired by question:</p><ul>{gains}</ul>"
+
+
+def html_health(lines, report):
+    """A verdict per sign of trouble, from the last iteration of the run's method (and the first, for drift)."""
+    first, last = lines[0], lines[-1]
+    repeated = 1 - last["right"] / last["correct"] if last.get("correct") else None
+    auc_fall = first["reward_auc"] - last["reward_auc"] if last.get("reward_auc") is not None and first.get("reward_auc") is not None else None
+    row = next((row for row in report["rows"] if row["name"] not in report["gain_over"]), None) if report else None
+    blind = row and row["shuffled_images"] - report["controls"]["most_frequent_answer"]
+    of_queries = {name: last[name] / last["queries"] if last.get("queries") else None for name in ("all_right", "none_right")}
+    checks = (("questions with all responses right", of_queries["all_right"], 0.7, 1, "too easy: little is learned from them; a higher --temperature, or --temperature adaptive"),
+              ("questions with no right response", of_queries["none_right"], 0.6, 1, "too hard: a stronger base (--base_updates), or more --rollouts_per_question"),
+              ("right responses that repeat another", repeated, 0.7, 1, "the policy repeats itself: a higher --temperature, a smaller --evolve_lr"),
+              ("different responses", last["distinct"], 0.2, -1, "nothing left to choose from: a higher --temperature, a smaller --evolve_lr"),
+              ("entropy, nats per token", last["entropy"], 0.02, -1, "the policy is nearly deterministic: a higher --temperature, a smaller --evolve_lr"),
+              ("truncated responses", last["truncated"], 0.02, 1, "cut off before their answer: more --max_new_tokens"),
+              ("unparseable responses", last["unparseable"], 0.05, 1, "no answer found: more --warmup_updates, a lower --temperature"),
+              ("fall of the PRM's AUC on right answers since pi_0", auc_fall, 0.1, 1, "the PRM no longer knows this policy: more --prm_questions, fewer --evolve_updates"),
+              ("accuracy with shuffled images, above always guessing", blind, 0.05, 1, "answers without looking: more --base_caption_updates"))
+    return html_table(["sign", "value", "fine if", "verdict"], [
+        [name, "-" if value is None else f"{value:.3f}", f"{'below' if side > 0 else 'above'} {limit}",
+         f"<td class='words'>{'not known' if value is None else 'fine' if side * value <= side * limit else escape(meaning)}"] for name, value, limit, side, meaning in checks])
+
+
+def html_curves(lines):
+    """Line charts of the metrics, one line per arm."""
+    figures = []
+    for field, title, unit, note in CURVES:
+        get = field if callable(field) else lambda m: m.get(field)
+        scale = 100 if unit in ("%", "points") else 1
+        series = {}
+        for line in lines:
+            if get(line) is not None:
+                series.setdefault(line["arm"], []).append((line["iteration"], scale * get(line)))
+        figures.append(line_chart(title, unit, series, note) if series else missing(title, "not measured in this run"))
+    return f"<div class='charts'>{''.join(figures)}</div>"
+
+
+def line_chart(title, unit, series, note):
+    """An inline SVG with axes, ticks and a legend: series {name: [(iteration, value)]}. Lines differ by colour, dashes and marks."""
+    xs, ys = ([point[i] for line in series.values() for point in line] for i in (0, 1))
+    low = min(ys)
+    high = max(*ys, low + max(0.02 * abs(low), 0.01))              # a flat line is drawn as one
+    size = 10.0 ** math.floor(math.log10(high - low))
+    tick = next(size * m for m in (0.2, 0.5, 1, 2, 5) if (high - low) / (size * m) <= 5)
+    low, high = math.floor(low / tick) * tick, math.ceil(high / tick) * tick
+
+    def place(x, y):
+        return 52 + 300 * (x - min(xs)) / max(1, max(xs) - min(xs)), 175 - 160 * (y - low) / (high - low)
+
+    marks = ("<circle cx='{x:.1f}' cy='{y:.1f}' r='3.5'/>", "<rect x='{l:.1f}' y='{t:.1f}' width='7' height='7'/>", "<path d='M{x:.1f} {t:.1f}l4 7h-8z'/>", "<path d='M{x:.1f} {t:.1f}l4 4-4 4-4-4z'/>")
+    drawn, keys = [], []
+    for i in range(round((high - low) / tick) + 1):
+        _, y = place(0, low + i * tick)
+        drawn.append(f"<line class='grid' x1='52' x2='352' y1='{y:.1f}' y2='{y:.1f}'/><text x='46' y='{y + 4:.1f}' text-anchor='end'>{low + i * tick:.4g}</text>")
+    for x in sorted(set(xs)):
+        drawn.append(f"<text x='{place(x, low)[0]:.1f}' y='192' text-anchor='middle'>{x}</text>")
+    for i, (name, line) in enumerate(series.items()):
+        look = f"stroke='var(--c{i % 4})' fill='none' stroke-width='2' stroke-dasharray='{('', '6 3', '2 3', '8 3 2 3')[i % 4]}'"
+        at = [place(x, y) for x, y in line]
+        shapes = "".join(marks[i % 4].format(x=x, y=y, l=x - 3.5, t=y - 3.5) for x, y in at)
+        drawn.append(f"<polyline {look} points='{' '.join(f'{x:.1f},{y:.1f}' for x, y in at)}'/><g fill='var(--c{i % 4})'>{shapes}</g>")
+        keys.append(f"<span class='key'><svg width='34' height='10'><line {look} x1='0' x2='34' y1='5' y2='5'/><g fill='var(--c{i % 4})'>{marks[i % 4].format(x=17, y=5, l=13.5, t=1.5)}</g></svg> {escape(name)}</span>")
+    values = "; ".join(f"{name}: " + ", ".join(f"{y:.4g}" for _, y in line) for name, line in series.items())
+    return (f"<figure><b>{escape(title)}</b>, {escape(unit)}<svg viewBox='0 0 360 212' role='img' aria-label='{escape(title)} by iteration. {escape(values)}'>{''.join(drawn)}"
+            f"<text x='202' y='209' text-anchor='middle'>iteration</text></svg><div>{''.join(keys)}</div><figcaption>{escape(note)}</figcaption></figure>")
+
+
+def html_surface(lines):
+    """Sweeps as a table: a row per temperature, a column per sweep; the choice is outlined."""
+    sweeps = [line for line in lines if "sweep" in line]
+    if not sweeps:
+        return missing("sweeps", "only --temperature adaptive makes them")
+    aim = sweeps[0]["sweep"]["aim"]
+    table = [{float(t): values[aim] for t, values in line["sweep"]["surface"].items()} for line in sweeps]
+    low, high = min(min(column.values()) for column in table), max(max(column.values()) for column in table)
+
+    def cell(line, column, t):
+        if t not in column:
+            return ""
+        mark = f" class='heat{' chosen' if t == line['sweep']['chosen'] else ''}' style='--s: {(column[t] - low) / max(high - low, 1e-9):.2f}'"
+        return f"<td{mark}>{100 * column[t]:.1f}{' ←' if t == line['temperature'] else ''}</td>"
+    rows = [[f"T = {t}", *(cell(line, column, t) for line, column in zip(sweeps, table))] for t in sorted({t for column in table for t in column})]
+    return (html_table([f"{escape(aim)}, %", *(f"iteration {line['iteration']}" for line in sweeps)], rows)
+            + "<p class='soft'>Dark: high. Outlined: chosen for the next iterations. ←: the temperature until then; it stays in a tie (a difference not above its own standard error).</p>")
+
+
+def html_audit(audit):
+    def number(value, format="{:.2f}"):
+        return "-" if value is None else format.format(value)
+    truths = [[f"{words}, {what}", number(part["all"]["auc"]), number(part["all"]["same_question"]), number(part["all"]["balanced_accuracy"])]
+              for key, words in (("labels", "Monte-Carlo labels"), ("scores", "PRM scores")) for what, part in (("step true", audit[key]["step"]), ("all steps so far true", audit[key]["so_far"]))]
+    chosen = [[escape(name.replace("_", " ")), f"{part['responses']:,}", share(part["false_step"], 1)] for name, part in audit["selection"].items()]
+    ways = ("best_of_n", "likeliest", "weighted_voting", "majority_voting", "oracle")
+    votes = [[f"N = {n}", *(share(row[way], 1) for way in ways)] for n, row in audit["verifier"].items() if n != "greedy"]
+    return (html_table(["", "AUC", "AUC, same question and place", "balanced accuracy"], truths) + "<p>Right and different responses of pi_0 that hold a false step, by how they are chosen:</p>"
+            + html_table(["chosen", "responses", "with a false step"], chosen) + f"<p>As a verifier (the paper's Figure 2a); greedy: {share(audit['verifier']['greedy'], 1)}</p>"
+            + html_table(["", *(way.replace("_", " ") for way in ways)], votes)
+            + f"<p>Steps per response (Figure 2b): Top-2 {number(audit['length']['top_2'])}, other right ones {number(audit['length']['others'])}.</p>")
+
+
+def html_samples(rounds, config):
+    """The sample browser: per question its picture and, per iteration, every response with every step."""
+    world = {question.id: question for questions in build_world(config["splits"], config["world_seed"]).values() for question in questions}
+
+    def step(text, score, label, true):
+        known = [f"PRM {score:.2f}"] * (score is not None) + [f"rollouts {label:.2f}"] * (label is not None)
+        return f"<li style='--s: {0.5 if score is None else score:.2f}'>{escape(text)}<small>{' · '.join([*known, '✓ true' if true else '✗ false'])}</small></li>"
+
+    def response(r, times):
+        outcome = [r["grade"]] + ["selected"] * r["selected"] + ["lucky"] * (r["grade"] == "right" and not all(r["oracle"])) + ["truncated"] * r["truncated"]
+        n = len(r["oracle"])
+        steps = zip(r["text"].split("\n"), r["scores"] or [None] * n, r["labels"] or [None] * n, r["oracle"])
+        words = ", ".join(outcome).replace("lucky", "by a false step")
+        return (f"<li class='response {'selected' if r['selected'] else ''}' data-outcome='{' '.join(outcome)}'><b>{words}</b>{f' ×{times}' if times > 1 else ''}"
+                f"<ol>{''.join(step(*s) for s in steps)}</ol></li>")
+
+    articles = []
+    for q, shown in enumerate(rounds[0]["questions"]):
+        question, folds = world[shown["id"]], []
+        for part in rounds:
+            group = part["questions"][q]["responses"]
+            times = Counter(r["text"] for r in group)
+            different = sorted({r["text"]: r for r in reversed(group)}.values(), key=lambda r: (not r["selected"], r["grade"] != "right"))
+            right = sum(r["grade"] == "right" for r in group)
+            folds.append(f"<details data-iteration='{part['iteration']}'{' open' if part is rounds[-1] else ''}><summary>iteration {part['iteration']}, T = {part['temperature']}: "
+                         f"{right} of {len(group)} right</summary><ul class='responses'>{''.join(response(r, times[r['text']]) for r in different)}</ul></details>")
+        picture = io.BytesIO()
+        Image.fromarray(render(question)).save(picture, "PNG", optimize=True)
+        kind = question.task if shown["id"].startswith("validation") else shown["id"].split("/")[0]
+        articles.append(f"<article data-kind='{kind}'><div><img alt='' src='data:image/png;base64,{base64.b64encode(picture.getvalue()).decode()}'><p class='soft'>{kind}, {escape(shown['id'])}</p></div>"
+                        f"<div><p><b>{escape(question.text)}</b><br>gold answer: {question.answer}</p>{''.join(folds)}</div></article>")
+
+    def select(name, label, options):
+        return f"<label>{label} <select id='{name}'>" + "".join(f"<option value='{value}'>{words}</option>" for value, words in options) + "</select></label>"
+
+    outcomes = (("any", "any"), ("right", "right"), ("selected", "selected for training"), ("lucky", "right by a false step"), ("wrong", "wrong"), ("unparseable", "unparseable"))
+    bar = (select("kind", "questions", [(kind, kind) for kind in ("any", *TASKS, *TESTBEDS)]) + select("outcome", "responses", outcomes)
+           + select("iteration", "iteration", [("any", "any"), *((part["iteration"],) * 2 for part in rounds)]))
+    return ("<p class='soft'>Questions of the validation split by task type, and of each testbed; nothing of this is trained on. A step's colour is the PRM's score, from orange (0) to blue (1); "
+            "rollouts: the share of pi_0's completions from there that end right; ✓ ✗: the oracle's verdict. Framed: selected for training.</p>"
+            f"<div class='filter' hidden>{bar}</div>{''.join(articles)}")
+
+
+def compare(folders):
+    """The last rows of several finished runs on the same questions, and paired gains of each over the first: dict of plain numbers."""
+    reports = [json.loads((Path(folder) / "report.json").read_text()) for folder in folders]
+    rows = []
+    for folder, report in zip(folders, reports):
+        row = next(row for row in report["rows"] if row["name"] not in report["gain_over"])
+        rows.append(row | {"name": f"{Path(folder).name}: {row['name']}"})
+    for name in ("world_seed", "test", "testbed"):
+        if len({report["config"][name] for report in reports}) > 1:
+            raise ValueError(f"the runs have different --{name}: their questions cannot be paired")
+    return {"rows": rows, "gain_over_first": {row["name"]: paired_gain(row, rows[0]) for row in rows[1:]}}
+
+
 def main(argv=None):
-    """Command line of this file: score the policy of a finished run again."""
-    parser = argparse.ArgumentParser(description="Score a saved policy on the test and the testbeds.")
-    parser.add_argument("run", metavar="runs/NAME", help="the folder of a run")
+    """Command line of this file: score the policy of a finished run again, make its report again, or compare runs."""
+    parser = argparse.ArgumentParser(description="Score a saved policy on the test and the testbeds; with several runs, compare their results.")
+    parser.add_argument("runs", metavar="runs/NAME", nargs="+", help="the folder of a run, or of several finished ones to compare")
+    parser.add_argument("--report", action="store_true", help="only make report.html again from the files of the run, finished or not")
     parser.error = lambda message: parser.exit(2, f"evaluate.py: {message}; see python evaluate.py --help\n")
     args = parser.parse_args(argv)
-    folder = Path(args.run)
+    folder, tokenizer = Path(args.runs[0]), Tokenizer()
     try:
+        if args.report:
+            for run in args.runs:
+                print(f"wrote {write_html(run)}")
+            return
+        if len(args.runs) > 1:
+            result = compare(args.runs)
+            write_json(folder / "comparison.json", result)
+            print(format_table(result["rows"]))
+            for name, gain in result["gain_over_first"].items():
+                print(f"{name} - {result['rows'][0]['name']}: {points(gain['ood'])} out of domain, {points(gain['id'])} in domain")
+            return
         config = load_tensors(folder / "config.json")[1]
         policy, vocabulary = load_policy(folder / "policy.safetensors", "cuda" if torch.cuda.is_available() else "cpu")
     except (OSError, ValueError) as error:
-        parser.exit(2, f"evaluate.py: {folder}: not the folder of a finished run ({error})\n")
-    tokenizer = Tokenizer()
+        parser.exit(2, f"evaluate.py: {' '.join(args.runs)}: not what a finished run leaves ({error})\n")
     if vocabulary != tokenizer.symbols:
         parser.exit(2, f"evaluate.py: {folder}/policy.json: its vocabulary is not this version's; train again with python mstar.py\n")
     world = build_world(config["splits"], config["world_seed"])

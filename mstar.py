@@ -37,7 +37,7 @@ import torch
 
 from data import TASKS, TESTBEDS, Tokenizer, build_world, oracle, write_caption, write_reasoning
 from evaluate import (auc, bootstrap_interval, evaluate_policy, grade, make_prompts, most_frequent_answer, paired_gain, print_report, reward_pass_at_k,
-                      sample_texts, share)
+                      sample_texts, share, write_html)
 from model import (WORKERS, Example, ModelConfig, Policy, batches, fit, load_policy, load_tensors, load_training, new_optimizers, save_policy, save_tensors,
                    save_training, write_json, write_whole)
 from prm import StepLabels, label_responses, label_steps, rerank, score, train_prm
@@ -165,6 +165,7 @@ def main(argv=None):
             report = json.loads((out / "report.json").read_text())
         else:
             report = run(cfg, preset, out, " ".join(["python mstar.py", *argv]))
+            write_html(out)
         print_report(report)
     return report
 

@@ -1,13 +1,20 @@
-"""Grades and statistics, against counting by hand."""
+"""Grades and statistics, against counting by hand; the report, against hostile text."""
+import base64
+import hashlib
+import json
 import random
+from dataclasses import replace
+from html.parser import HTMLParser
 from itertools import combinations, permutations
 from math import isclose
 
 import numpy as np
 import pytest
 
-from data import write_reasoning
+import evaluate
+from data import TASKS, TESTBEDS, write_reasoning
 from evaluate import auc, balanced_accuracy, bootstrap_interval, evaluate_policy, format_table, grade, grade_greedily, most_frequent_answer, paired_gain, pass_at_k, reward_pass_at_k
+from model import save_tensors
 
 
 def test_grader_takes_every_true_answer_and_no_other(world):
@@ -127,3 +134,110 @@ def test_auc_and_balanced_accuracy_against_counting_pairs():
             pairs = [(a > b) + 0.5 * (a == b) for g, a, m in zip(good, scores, label) for h, b, n in zip(good, scores, label) if g and not h and m == n]
             assert auc(good, scores, given) == (pytest.approx(np.mean(pairs)) if pairs else None)
     assert balanced_accuracy([1, 1, 1, 0], [1, 1, 0, 0]) == pytest.approx((2 / 3 + 1) / 2) and balanced_accuracy([1, 1], [1, 0]) is None
+
+
+# ---------------------------------------------------------------- report.html
+
+EVIL = "</script><img src=x onerror=alert(1)>'\"&"
+
+
+class Page(HTMLParser):
+    """What a browser would make of a page: its tags with their attributes, and the text of its scripts."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.scripts, self.words, self.inside = [], [], "", None
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+        self.inside = tag
+
+    def handle_endtag(self, tag):
+        self.inside = None
+
+    def handle_data(self, data):
+        if self.inside == "script":
+            self.scripts.append(data)
+        else:
+            self.words += data
+
+
+@pytest.fixture
+def run_folder(tmp_path, world, monkeypatch):
+    """The files of a run in which everything that somebody else may have written is hostile."""
+    question = replace(world["validation"][0], id="validation/0", text=f"how much is {EVIL}?")
+    monkeypatch.setattr(evaluate, "build_world", lambda *a: {"validation": [question]})
+    save_tensors(tmp_path / "config.json", {}, {"method": "mstar", "splits": {}, "world_seed": 0, "command": f"python mstar.py {EVIL}"})
+    metrics = {"arm": "mstar", "iteration": 0, "temperature": 1.0, "greedy_accuracy": 0.5, "pass_at_k": 0.75, "reward_pass_at_2": 0.6, "distinct": 0.9, "entropy": 0.2,
+               "truncated": 0.0, "unparseable": 0.3, "reward_auc": 0.9, "sweep": {"aim": "reward_pass_at_2", "chosen": 0.7, "surface": {"0.7": {"reward_pass_at_2": 0.65}, "1.0": {"reward_pass_at_2": 0.6}}}}
+    later = {key: value for key, value in metrics.items() if key != "sweep"} | {"iteration": 1, "reward_auc": 0.6, "kept": 3, "loss": 0.1, "queries": 10, "correct": 8, "right": 5, "all_right": 1, "none_right": 2}
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in (metrics, later)))
+    (tmp_path / "samples").mkdir()
+    for iteration in range(2):
+        responses = [{"text": f"{EVIL} is 3\nanswer: 7", "grade": "right", "selected": True, "truncated": False, "scores": [0.25, 0.5], "labels": [0.125, 1.0], "oracle": [False, True]},
+                     {"text": "hm", "grade": "unparseable", "selected": False, "truncated": True, "scores": [0.1], "labels": [0.0], "oracle": [False]}]
+        (tmp_path / "samples" / f"{iteration}.json").write_text(json.dumps({"iteration": iteration, "temperature": 1.0, "questions": [{"id": "validation/0", "responses": responses}]}))
+    return tmp_path
+
+
+def test_the_report_shows_hostile_text_and_runs_none_of_it(run_folder):
+    page = Page(evaluate.write_html(run_folder).read_text())
+    assert page.scripts == [evaluate.SCRIPT] and [tag for tag, _ in page.tags].count("script") == 1
+    assert page.words.count(EVIL) >= 4                             # command, question, and a step in both iterations, as text
+    for tag, attributes in page.tags:
+        assert not any(name.startswith("on") for name in attributes) and attributes.get("src", "data:").startswith("data:") and "href" not in attributes
+    digest = base64.b64encode(hashlib.sha256(evaluate.SCRIPT.encode()).digest()).decode()
+    assert any(f"default-src 'none'" in attributes.get("content", "") and digest in attributes["content"] for _, attributes in page.tags)
+
+
+def test_the_report_says_what_it_shows(run_folder):
+    page = Page(evaluate.write_html(run_folder).read_text())
+    for words in ("right, selected, by a false step", "PRM 0.25 · rollouts 0.12 · ✗ false", "PRM 0.50 · rollouts 1.00 · ✓ true", "unparseable, truncated", "1 of 2 right",
+                  "Not there: report.json", "Not there: audit.json", "no answer found: more --warmup_updates", "the PRM no longer knows this policy", "An unfinished run of mstar: 2 iterations"):
+        assert words in page.words, words
+    chosen = [attributes for tag, attributes in page.tags if tag == "td" and "chosen" in attributes.get("class", "")]
+    assert len(chosen) == 1
+    drawn = next(attributes["points"] for tag, attributes in page.tags if tag == "polyline")
+    assert len(drawn.split()) == 2
+
+
+def test_a_report_can_be_made_of_whatever_is_there(run_folder, capsys):
+    for name in ("metrics.jsonl", "samples/0.json", "samples/1.json"):
+        (run_folder / name).unlink()
+        evaluate.main([str(run_folder), "--report"])
+        assert f"Not there: {name.split('/')[0]}" in Page((run_folder / "report.html").read_text()).words or name == "samples/0.json"
+    (run_folder / "config.json").unlink()
+    with pytest.raises(SystemExit) as stop:
+        evaluate.main([str(run_folder), "--report"])
+    assert stop.value.code == 2 and str(run_folder) in capsys.readouterr().err
+
+
+def test_runs_are_compared_on_the_same_questions(tmp_path, capsys):
+    rng, folders = np.random.default_rng(0), []
+    for name, chance in (("a", 0.4), ("b", 0.7)):
+        graded = {split: "".join(rng.choice(["r", "w"], p=[chance, 1 - chance], size=40)) for split in ("test", *TESTBEDS)}
+        row = {"name": "M-STaR", "graded": graded, "id": dict.fromkeys(("all", *TASKS), 0.5), "ood": dict.fromkeys((*TESTBEDS, "all"), 0.5)}
+        folders.append(tmp_path / name)
+        folders[-1].mkdir()
+        report = {"rows": [{"name": "base"}, row], "gain_over": {"base": {}}, "config": {"world_seed": 0, "test": 40, "testbed": 40}}
+        (folders[-1] / "report.json").write_text(json.dumps(report))
+    evaluate.main(list(map(str, folders)))
+    result = json.loads((folders[0] / "comparison.json").read_text())
+    a, b = result["rows"]
+    assert result["gain_over_first"] == {"b: M-STaR": paired_gain(b, a)} and result["gain_over_first"]["b: M-STaR"]["id"][0] > 0.1
+    assert "in domain" in capsys.readouterr().out.splitlines()[-1]
+    report["config"]["world_seed"] = 1
+    (folders[1] / "report.json").write_text(json.dumps(report))
+    with pytest.raises(SystemExit) as stop:
+        evaluate.main(list(map(str, folders)))
+    assert stop.value.code == 2 and "--world_seed" in capsys.readouterr().err
+
+
+def test_a_chart_has_ticks_around_its_values():
+    for values in ([0.5, 0.5, 0.5], [0, 100], [-3, 4, 12], [1e-4, 3e-4], [1234, 5678]):
+        page = Page(evaluate.line_chart("title", "unit", {"a": list(enumerate(values))}, "note"))
+        points = next(attributes["points"] for tag, attributes in page.tags if tag == "polyline")
+        heights = [float(point.split(",")[1]) for point in points.split()]
+        assert all(15 <= y <= 175 for y in heights) and all((a < b) == (y > z) for a, b, y, z in zip(values, values[1:], heights, heights[1:]) if a != b)
+        assert 2 <= sum(tag == "line" and attributes.get("class") == "grid" for tag, attributes in page.tags) <= 8

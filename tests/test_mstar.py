@@ -237,7 +237,7 @@ def two_runs(tmp_path_factory):
 def test_a_run_writes_its_files(two_runs):
     folders, (report, _) = two_runs
     assert sorted(path.name for path in folders[0].iterdir()) == [
-        "config.json", "labels.json", "metrics.jsonl", "policy.json", "policy.safetensors", "prm.json", "prm.safetensors", "report.json",
+        "config.json", "labels.json", "metrics.jsonl", "policy.json", "policy.safetensors", "prm.json", "prm.safetensors", "report.html", "report.json",
         "samples", "warmup.json", "warmup.safetensors"]
     assert json.loads((folders[0] / "report.json").read_text()) == report
     assert [row["name"] for row in report["rows"]] == ["base", "+ warm-up", "SFT (direct answers)", "continuous", "+ PRM re-rank", "M-STaR"]
