@@ -198,7 +198,12 @@ def print_report(report):
     for row in report["rows"]:
         print(f"{row['name']}: unparseable {share(row['unparseable'], 1)}, with shuffled images {share(row['shuffled_images'], 1)}")
     print(f"always the template's most frequent answer: {share(report['controls']['most_frequent_answer'], 1)}")
-    print(f"{report['seconds'] / 60:.1f} minutes on {report['device']}")
+    print(f"{report['seconds'] / 60:.1f} minutes on {report['device']}: " + ", ".join(f"{name} {seconds / 60:.1f}" for name, seconds in report["stages"].items()))
+    trained = [line for line in report["iterations"] if line.get("updates")]
+    if trained:
+        sampling, training = (max(1e-9, sum(line[name] for line in trained)) for name in ("sampling_seconds", "training_seconds"))
+        print(f"self-evolving: {sum(line['tokens'] for line in trained) / sampling:,.0f} tokens/s sampled, {sum(line['updates'] for line in trained) / training:.1f} updates/s, "
+              f"{share(sampling, report['seconds'])} of the run sampling and {share(training, report['seconds'])} training")
     others = sorted(report["gain_over"], key=lambda name: name == "+ warm-up")         # warm-up last
     for key, words in (("ood", "out of domain"), ("id", "in domain")):
         for name in others:

@@ -161,46 +161,55 @@ def main(argv=None):
     cfg, preset, out = parse(argv)
     out = out or new_folder(cfg, preset)
     with stopped_cleanly(out), alone_in(out):
-        if (out / "report.json").exists():
-            report = json.loads((out / "report.json").read_text())
-        else:
-            report = run(cfg, preset, out, " ".join(["python mstar.py", *argv]))
-            write_html(out)
+        if not (out / "report.json").exists():
+            run(cfg, preset, out, " ".join(["python mstar.py", *argv]))
+        shutil.rmtree(out / "checkpoint", ignore_errors=True)
+        write_html(out)
+        report = json.loads((out / "report.json").read_text())
         print_report(report)
     return report
 
 
 def run(cfg, preset, out, command):
-    """All stages of one run; returns the report. What `done` keeps is not computed again."""
-    device = cfg.device or available()[0]
+    """All stages of one run, to its report.json. What `done` keeps is not computed again."""
+    began, device = time.time(), cfg.device or available()[0]
     torch.manual_seed(cfg.seed)
     world, tokenizer = build_world(cfg.splits, cfg.world_seed), Tokenizer()
     done = Checkpoint(out / "checkpoint", tokenizer, device)
     policy = new_policy(cfg, tokenizer).to(device)
     announce(cfg, preset, out, device, policy, world)
-    save_tensors(out / "config.json", {}, {"preset": preset, **asdict(cfg), "splits": cfg.splits, "command": command})
+    if not (out / "config.json").exists():
+        save_tensors(out / "config.json", {}, {"preset": preset, **asdict(cfg), "splits": cfg.splits, "command": command})
+    done.seconds["start"] = done.seconds.get("start", 0.0) + time.time() - began
 
-    base = done.network("base", lambda: stage_base(cfg, policy, world, tokenizer, done))
-    warm = done.network("pi_0", lambda: stage_warmup(cfg, base, world, tokenizer, done))
-    save_policy(warm, out / "warmup.safetensors", tokenizer.symbols)
-    arms = arms_of(cfg)
-    prm, prm_metrics = stage_prm(cfg, warm, world, tokenizer, out, done) if any(needs_prm(arm) for arm in arms.values()) else (None, None)
-    rows = [done.once(f"row {name}", lambda: evaluate_policy(name, p, world, tokenizer, cfg.max_new_tokens)) for name, p in (("base", base), ("+ warm-up", warm))]
-    iterations = []
+    with done.stage("base"):
+        base = done.network("base", lambda: stage_base(cfg, policy, world, tokenizer, done))
+    with done.stage("warm-up"):
+        warm = done.network("pi_0", lambda: stage_warmup(cfg, base, world, tokenizer, done))
+        save_policy(warm, out / "warmup.safetensors", tokenizer.symbols)
+    arms, prm, prm_metrics, iterations, rows = arms_of(cfg), None, None, [], []
+    with done.stage("PRM"):
+        if any(needs_prm(arm) for arm in arms.values()):
+            prm, prm_metrics = stage_prm(cfg, warm, world, tokenizer, out, done)
+
+    def test(name, policy):
+        with done.stage("tests"):
+            rows.append(done.once(f"row {name}", lambda: evaluate_policy(name, policy, world, tokenizer, cfg.max_new_tokens)))
+
+    test("base", base)
+    test("+ warm-up", warm)
     for arm, switches in arms.items():                             # from the same pi_0 and PRM, equal responses and updates
-        if arm == "sft":
-            policy = done.network("sft", lambda: stage_direct_sft(cfg, base, world, tokenizer, done))
-        else:
-            policy, metrics = self_evolve(switches, arm, warm, prm, world, tokenizer, done, iterations)
-            iterations += metrics
-        name = ROWS.get(arm, arm)
-        rows.append(done.once(f"row {name}", lambda: evaluate_policy(name, policy, world, tokenizer, cfg.max_new_tokens)))
+        with done.stage(arm):
+            if arm == "sft":
+                policy = done.network("sft", lambda: stage_direct_sft(cfg, base, world, tokenizer, done))
+            else:
+                policy, metrics = self_evolve(switches, arm, warm, prm, world, tokenizer, done, iterations)
+                iterations += metrics
+        test(ROWS.get(arm, arm), policy)
         if arm == cfg.method:
             save_policy(policy, out / "policy.safetensors", tokenizer.symbols)
     most_frequent = most_frequent_answer(world["labeled"], world["test"])
-    report = write_report(out, command, cfg, preset, device, rows, iterations, prm_metrics, most_frequent, done.seconds())
-    shutil.rmtree(done.folder)
-    return report
+    write_report(out, load_tensors(out / "config.json")[1]["command"], cfg, preset, device, rows, iterations, prm_metrics, most_frequent, done.seconds)
 
 
 # ---------------------------------------------------------------- stage 1: base
@@ -325,8 +334,8 @@ def self_evolve(cfg, arm, warm, prm, world, tokenizer, done, earlier=()):
             # 1. Generate: L responses to the next questions from the current policy
             questions = questions_of(cfg, iteration, world["labeled"])
             prompts = make_prompts(questions, tokenizer, cfg.image_size)
-            texts = done.once(f"{arm} {iteration} responses", lambda: sample_texts(
-                policy, prompts, tokenizer, cfg.rollouts_per_question, temperature, cfg.max_new_tokens, seed_of(cfg, "generate", iteration), f"{arm} {iteration}: responses")[0])
+            texts, written, sampling = done.once(f"{arm} {iteration} responses", lambda: generate(
+                policy, prompts, tokenizer, cfg, temperature, seed_of(cfg, "generate", iteration), f"{arm} {iteration}: responses"))
             # 2. Reward: H(1(a == a*) R_p): of the right and different responses, those that the PRM ranks highest
             right, counts = keep_right(questions, texts)
             kept = right
@@ -339,12 +348,15 @@ def self_evolve(cfg, arm, warm, prm, world, tokenizer, done, earlier=()):
             if cfg.optimizer == "reset":
                 optimizers, schedules = new_optimizers(policy, cfg.evolve_lr, cfg.lr_warmup_updates)
             updates = round(cfg.evolve_updates * iteration / cfg.iterations) - round(cfg.evolve_updates * (iteration - 1) / cfg.iterations)
+            training = -time.time()
             loss = train(policy, optimizers, schedules, as_examples(questions, kept, tokenizer, cfg), updates, cfg, f"{arm} {iteration}: SFT", done, seed=iteration)
+            training += time.time()
             trained = {"queries": len(questions), "responses": counts["responses"], "correct": counts["right"], "right": len(right), "kept": len(kept),
                        "none_right": counts["none_right"], "all_right": counts["all_right"],
                        "right_false_step": false_steps(questions, right) / max(1, len(right)),
                        "kept_false_step": false_steps(questions, kept) / max(1, len(kept)),
-                       "updates": updates if kept else 0, "loss": loss}
+                       "updates": updates if kept else 0, "loss": loss,
+                       "tokens": written, "sampling_seconds": round(sampling, 1), "training_seconds": round(training, 1)}
         # 4. Watch exploitation (greedy) and exploration (pass@k) on validation questions; every other time, balance them: the
         #    temperature of the next responses becomes the one at which the PRM finds most to exploit
         sweep = cfg.temperature == "adaptive" and iteration % cfg.sweep_every == 0 and iteration < cfg.iterations
@@ -357,6 +369,13 @@ def self_evolve(cfg, arm, warm, prm, world, tokenizer, done, earlier=()):
         log(done.folder.parent, [*earlier, *metrics])
         done.save(arm, policy, optimizers, schedules, temperature, metrics)
     return policy, metrics
+
+
+def generate(policy, prompts, tokenizer, cfg, temperature, seed, title):
+    """L responses to each prompt: (texts [question][response], tokens written, seconds)."""
+    began = time.time()
+    texts, responses = sample_texts(policy, prompts, tokenizer, cfg.rollouts_per_question, temperature, cfg.max_new_tokens, seed, title)
+    return texts, sum(len(response.tokens) for group in responses for response in group), time.time() - began
 
 
 def response_rewards(prm, prompts, kept, tokenizer):
@@ -514,11 +533,15 @@ class Checkpoint:
     def __init__(self, folder, tokenizer, device):
         folder.mkdir(exist_ok=True)
         self.folder, self.training, self.symbols, self.device = folder, folder / "training", tokenizer.symbols, device
-        self.began = time.time() - self._read(folder / "seconds.json", lambda path: load_tensors(path)[1]["result"], 0.0)
+        self.seconds = self._read(folder / "seconds.json", lambda path: load_tensors(path)[1]["result"], {})
 
-    def seconds(self):
-        """How long the run has taken so far, without the time between its parts."""
-        return time.time() - self.began
+    @contextmanager
+    def stage(self, name):
+        """Count the seconds of a stage; those of a try that was killed inside it are lost, as is what it had not saved."""
+        began = time.time()
+        yield
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.time() - began
+        self._write(self.folder / "seconds.json", self.seconds)
 
     def once(self, name, make):
         """The result of make(), which is whatever JSON can hold; read back if it was made before."""
@@ -533,7 +556,6 @@ class Checkpoint:
         if policy is None:
             policy = make()
             save_policy(policy, path, self.symbols)
-            self._write(self.folder / "seconds.json", self.seconds())
         return policy
 
     def save(self, arm, policy, optimizers, schedules, temperature, metrics):
@@ -541,7 +563,6 @@ class Checkpoint:
         save_training(self.folder / arm, policy, optimizers, schedules, {"temperature": temperature, "metrics": metrics})
         for old in self.folder.glob(f"{arm} *.json"):
             old.unlink()
-        self._write(self.folder / "seconds.json", self.seconds())
 
     def load(self, arm, policy, optimizers, schedules):
         """Put back what `save` wrote; returns (temperature, metrics), or None if there is nothing."""
@@ -731,7 +752,7 @@ def write_report(out, command, cfg, preset, device, rows, iterations, prm_metric
     report = {"command": command, "preset": preset, "method": cfg.method, "seed": cfg.seed,
               "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
               "device": torch.cuda.get_device_name() if device == "cuda" else f"{device}, {platform.machine()}, {WORKERS} workers",
-              "seconds": round(seconds, 1), "config": asdict(cfg), "rows": rows, "iterations": iterations, "prm": prm_metrics,
+              "seconds": round(sum(seconds.values()), 1), "stages": {name: round(s, 1) for name, s in seconds.items()}, "config": asdict(cfg), "rows": rows, "iterations": iterations, "prm": prm_metrics,
               "controls": {"most_frequent_answer": most_frequent},
               "gain_over": {row["name"]: paired_gain(mine, row) for row in rows if row is not mine}}
     write_json(out / "report.json", report)

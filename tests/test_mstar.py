@@ -79,7 +79,7 @@ def evolve(world, tokenizer, tmp_path, monkeypatch, *flags):
     monkeypatch.setattr(mstar, "monitor", lambda *a, **k: {"temperature": 1.0, "greedy_accuracy": 0, "pass_at_1": 0, "pass_at_k": 0, "k": 4, "false_step": 0,
                                                            "distinct": 0, "entropy": 0, "unparseable": 0, "truncated": 0})
     right = {question.text: f"answer: {question.answer}" for question in small["labeled"]}
-    monkeypatch.setattr(mstar, "sample_texts", lambda policy, prompts, tok, n, *rest: ([[right[tok.decode(p.ids)]] * n for p in prompts], None))
+    monkeypatch.setattr(mstar, "generate", lambda policy, prompts, tok, cfg, *rest: ([[right[tok.decode(p.ids)]] * cfg.rollouts_per_question for p in prompts], 0, 0))
     real = mstar.train
 
     def spy(policy, optimizers, schedules, examples, updates, cfg, title, done, seed):
@@ -141,8 +141,8 @@ def test_selection_trains_on_the_highest_rewards_only(world, tokenizer, done, mo
     questions, seen = world["labeled"][:8], []
     answer = {question.text: question.answer for question in questions}
 
-    def texts(policy, prompts, tok, n, *rest, **more):
-        return [[f"{i} + 1 = {i + 1}\nanswer: {answer[tok.decode(p.ids)] if i < 5 else 0}" for i in range(8)] for p in prompts], None
+    def texts(policy, prompts, tok, *rest):
+        return [[f"{i} + 1 = {i + 1}\nanswer: {answer[tok.decode(p.ids)] if i < 5 else 0}" for i in range(8)] for p in prompts], 0, 0
 
     def rewards(prm, prompts, kept, tok):
         assert all(grade(text, questions_of[-1][i].answer) == "right" for i, text in kept)
@@ -153,7 +153,7 @@ def test_selection_trains_on_the_highest_rewards_only(world, tokenizer, done, mo
     monkeypatch.setattr(mstar, "write_samples", lambda *a: None)
     monkeypatch.setattr(mstar, "monitor", lambda *a: {"temperature": 1.0, "greedy_accuracy": 0, "pass_at_1": 0, "pass_at_k": 0, "k": 4, "false_step": 0,
                                                       "distinct": 0, "entropy": 0, "unparseable": 0, "truncated": 0})
-    monkeypatch.setattr(mstar, "sample_texts", texts)
+    monkeypatch.setattr(mstar, "generate", texts)
     monkeypatch.setattr(mstar, "response_rewards", rewards)
     monkeypatch.setattr(mstar, "train", lambda policy, o, s, examples, *rest, **more: seen.append([tokenizer.decode(e.response)[0] for e in examples]) or 0.0)
     torch.manual_seed(0)
@@ -181,7 +181,7 @@ def test_a_sweep_equals_a_run_at_each_temperature(policy, world, tokenizer, monk
 def test_the_swept_temperature_is_the_next_one_sampled_at(world, tokenizer, done, monkeypatch):
     cfg, *_ = parse([*TINY, "--method", "mstar", "--labeled", "8", "--passes", "2", "--interval", "0.5", "--sweep_every", "2"])
     used, chosen = [], iter((0.4, 1.3))
-    monkeypatch.setattr(mstar, "sample_texts", lambda policy, prompts, tok, n, temperature, *rest: (used.append(temperature), ([["hm"] * n for _ in prompts], None))[1])
+    monkeypatch.setattr(mstar, "generate", lambda policy, prompts, tok, cfg, temperature, *rest: (used.append(temperature), ([["hm"] for _ in prompts], 0, 0))[1])
     monkeypatch.setattr(mstar, "response_rewards", lambda *a: [])
     monkeypatch.setattr(mstar, "log", lambda *a: None)
     monkeypatch.setattr(mstar, "write_samples", lambda *a: None)

@@ -70,7 +70,7 @@ def result(folder):
     """What must not depend on kills."""
     report = json.loads((folder / "report.json").read_text())
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    untimed = [[{name: value for name, value in line.items() if name != "seconds"} for line in part] for part in (report["iterations"], lines)]
+    untimed = [[{name: value for name, value in line.items() if "seconds" not in name} for line in part] for part in (report["iterations"], lines)]
     samples = [path.read_text() for path in sorted((folder / "samples").iterdir())]
     return [samples, report["rows"], report["gain_over"], report["prm"], *untimed] + [(folder / f"{name}.safetensors").read_bytes() for name in ("warmup", "prm", "policy")]
 
