@@ -158,17 +158,21 @@ def balanced_accuracy(good, said_good):
 
 
 def bootstrap_interval(groups, draws=2000, seed=0):
-    """95 % percentile interval of the mean of group means, resampling the questions of each group (list of 1-d arrays).
+    """95 % percentile interval of the mean of group means. A group is an array (questions,), whose questions are resampled, or
+    (runs, questions), whose runs are, too, all with the same questions; every group has the same runs.
     One group: an accuracy. Differences of two policies' per-question results: a paired comparison."""
-    rng = np.random.default_rng(seed)
-    means = np.mean([values[rng.integers(len(values), size=(draws, len(values)))].mean(axis=1) for values in map(np.asarray, groups)], axis=0)
+    rng, groups = np.random.default_rng(seed), [np.atleast_2d(values) for values in groups]
+    n = len(groups[0])
+    runs = rng.integers(n, size=(draws, n, 1)) if n > 1 else np.zeros((draws, 1, 1), int)
+    means = np.mean([values[runs, rng.integers(values.shape[1], size=(draws, 1, values.shape[1]))].mean(axis=(1, 2)) for values in groups], axis=0)
     return [float(edge) for edge in np.percentile(means, [2.5, 97.5])]
 
 
-def paired_gain(row, other):
-    """How much `row` beats `other` on the same questions: {id: [gain, low, high], ood: [gain, low, high]}, 95 % intervals."""
+def paired_gain(*pairs):
+    """How much the first row of each pair beats the second on the same questions, the mean over pairs (one per run): {id: [gain, low,
+    high], ood: [gain, low, high]}, with 95 % intervals over questions, and over runs if there are several."""
     def difference(split):
-        return np.array([(a == "r") - (b == "r") for a, b in zip(row["graded"][split], other["graded"][split])], float)
+        return np.array([[(a == "r") - (b == "r") for a, b in zip(row["graded"][split], other["graded"][split])] for row, other in pairs], float)
     beds = [difference(bed) for bed in TESTBEDS]
     return {"id": [float(difference("test").mean()), *bootstrap_interval([difference("test")])],
             "ood": [float(np.mean([bed.mean() for bed in beds])), *bootstrap_interval(beds)]}
@@ -472,16 +476,19 @@ def html_samples(rounds, config):
 
 
 def compare(folders):
-    """The last rows of several finished runs on the same questions, and paired gains of each over the first: dict of plain numbers."""
+    """The last rows of several finished runs on the same questions, and paired gains: of each run over the first, and, if all have the
+    same rows (seeds of one command), of the last row over the others, over questions and runs. Returns a dict of plain numbers."""
     reports = [json.loads((Path(folder) / "report.json").read_text()) for folder in folders]
-    rows = []
-    for folder, report in zip(folders, reports):
-        row = next(row for row in report["rows"] if row["name"] not in report["gain_over"])
-        rows.append(row | {"name": f"{Path(folder).name}: {row['name']}"})
     for name in ("world_seed", "test", "testbed"):
         if len({report["config"][name] for report in reports}) > 1:
             raise ValueError(f"the runs have different --{name}: their questions cannot be paired")
-    return {"rows": rows, "gain_over_first": {row["name"]: paired_gain(row, rows[0]) for row in rows[1:]}}
+    by_name = [{row["name"]: row for row in report["rows"]} for report in reports]
+    last = [next(name for name in rows if name not in report["gain_over"]) for rows, report in zip(by_name, reports)]
+    mine = [rows[name] | {"name": f"{Path(folder).name}: {name}"} for rows, name, folder in zip(by_name, last, folders)]
+    result = {"rows": mine, "gain_over_first": {row["name"]: paired_gain((row, mine[0])) for row in mine[1:]}}
+    if all(rows.keys() == by_name[0].keys() for rows in by_name) and len(set(last)) == 1:
+        result["gain_in_all_runs"] = {f"{last[0]} - {name}": paired_gain(*((rows[last[0]], rows[name]) for rows in by_name)) for name in by_name[0] if name != last[0]}
+    return result
 
 
 def main(argv=None):
@@ -501,8 +508,9 @@ def main(argv=None):
             result = compare(args.runs)
             write_json(folder / "comparison.json", result)
             print(format_table(result["rows"]))
-            for name, gain in result["gain_over_first"].items():
-                print(f"{name} - {result['rows'][0]['name']}: {points(gain['ood'])} out of domain, {points(gain['id'])} in domain")
+            gains = {f"{name} - {result['rows'][0]['name']}": gain for name, gain in result["gain_over_first"].items()}
+            for name, gain in (gains | {f"{len(args.runs)} runs: {name}": gain for name, gain in result.get("gain_in_all_runs", {}).items()}).items():
+                print(f"{name}: {points(gain['ood'])} out of domain, {points(gain['id'])} in domain")
             return
         config = load_tensors(folder / "config.json")[1]
         policy, vocabulary = load_policy(folder / "policy.safetensors", "cuda" if torch.cuda.is_available() else "cpu")

@@ -754,7 +754,7 @@ def write_report(out, command, cfg, preset, device, rows, iterations, prm_metric
               "device": torch.cuda.get_device_name() if device == "cuda" else f"{device}, {platform.machine()}, {WORKERS} workers",
               "seconds": round(sum(seconds.values()), 1), "stages": {name: round(s, 1) for name, s in seconds.items()}, "config": asdict(cfg), "rows": rows, "iterations": iterations, "prm": prm_metrics,
               "controls": {"most_frequent_answer": most_frequent},
-              "gain_over": {row["name"]: paired_gain(mine, row) for row in rows if row is not mine}}
+              "gain_over": {row["name"]: paired_gain((mine, row)) for row in rows if row is not mine}}
     write_json(out / "report.json", report)
     return report
 

@@ -54,9 +54,13 @@ def test_bootstrap_interval_covers_as_promised():
 def test_paired_gain_uses_pairs():
     beds = dict.fromkeys(("style", "size", "layout", "compose", "wording"), "rw" * 50)
     a, b = {"graded": {"test": "r" * 30 + "w" * 70} | beds}, {"graded": {"test": "r" * 20 + "w" * 70 + "u" * 10} | beds}
-    gain, low, high = paired_gain(a, b)["id"]
+    gain, low, high = paired_gain((a, b))["id"]
     assert isclose(gain, 0.1) and 0 < low < 0.1 < high < 0.2
-    assert paired_gain(a, b)["ood"] == [0, 0, 0]
+    assert paired_gain((a, b))["ood"] == [0, 0, 0]
+    same, low2, high2 = paired_gain((a, b), (a, b))["id"]           # a second run that is the same adds nothing
+    assert same == gain and abs(low2 - low) < 0.02 and abs(high2 - high) < 0.02
+    none, low3, high3 = paired_gain((a, b), (b, a))["id"]           # one that says the opposite widens the interval
+    assert isclose(none, 0, abs_tol=1e-12) and low3 <= -0.1 and high3 >= 0.1
 
 
 def test_most_frequent_answer_is_counted_by_template(world):
@@ -220,12 +224,14 @@ def test_runs_are_compared_on_the_same_questions(tmp_path, capsys):
         row = {"name": "M-STaR", "graded": graded, "id": dict.fromkeys(("all", *TASKS), 0.5), "ood": dict.fromkeys((*TESTBEDS, "all"), 0.5)}
         folders.append(tmp_path / name)
         folders[-1].mkdir()
-        report = {"rows": [{"name": "base"}, row], "gain_over": {"base": {}}, "config": {"world_seed": 0, "test": 40, "testbed": 40}}
+        base = {"name": "base", "graded": {split: "w" * 40 for split in graded}}
+        report = {"rows": [base, row], "gain_over": {"base": {}}, "config": {"world_seed": 0, "test": 40, "testbed": 40}}
         (folders[-1] / "report.json").write_text(json.dumps(report))
     evaluate.main(list(map(str, folders)))
     result = json.loads((folders[0] / "comparison.json").read_text())
     a, b = result["rows"]
-    assert result["gain_over_first"] == {"b: M-STaR": paired_gain(b, a)} and result["gain_over_first"]["b: M-STaR"]["id"][0] > 0.1
+    assert result["gain_over_first"] == {"b: M-STaR": paired_gain((b, a))} and result["gain_over_first"]["b: M-STaR"]["id"][0] > 0.1
+    assert result["gain_in_all_runs"]["M-STaR - base"] == paired_gain((a, base), (b, base))
     assert "in domain" in capsys.readouterr().out.splitlines()[-1]
     report["config"]["world_seed"] = 1
     (folders[1] / "report.json").write_text(json.dumps(report))
