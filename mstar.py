@@ -280,7 +280,7 @@ def stage_warmup(cfg, base, world, tokenizer, done):
     policy = copy.deepcopy(base)
     # decayed, so that pi_0 is a settled policy: what self-evolving gains on it is not just a smaller learning rate
     optimizers, schedules = new_optimizers(policy, cfg.warmup_lr, cfg.lr_warmup_updates, decay_over=cfg.warmup_updates)
-    train(policy, optimizers, schedules, as_examples(questions, kept, tokenizer, cfg), cfg.warmup_updates, cfg, "warm-up: SFT", done)
+    train(policy, optimizers, schedules, as_examples(make_prompts(questions, tokenizer, cfg.image_size), kept, tokenizer), cfg.warmup_updates, cfg, "warm-up: SFT", done)
     return policy
 
 
@@ -349,7 +349,7 @@ def self_evolve(cfg, arm, warm, prm, world, tokenizer, done, earlier=()):
                 optimizers, schedules = new_optimizers(policy, cfg.evolve_lr, cfg.lr_warmup_updates)
             updates = round(cfg.evolve_updates * iteration / cfg.iterations) - round(cfg.evolve_updates * (iteration - 1) / cfg.iterations)
             training = -time.time()
-            loss = train(policy, optimizers, schedules, as_examples(questions, kept, tokenizer, cfg), updates, cfg, f"{arm} {iteration}: SFT", done, seed=iteration)
+            loss = train(policy, optimizers, schedules, as_examples(prompts, kept, tokenizer), updates, cfg, f"{arm} {iteration}: SFT", done, seed=iteration)
             training += time.time()
             trained = {"queries": len(questions), "responses": counts["responses"], "correct": counts["right"], "right": len(right), "kept": len(kept),
                        "none_right": counts["none_right"], "all_right": counts["all_right"],
@@ -492,10 +492,9 @@ def choose_temperature(values, current):
 
 # ---------------------------------------------------------------- small parts of the stages
 
-def as_examples(questions, kept, tokenizer, cfg):
+def as_examples(prompts, kept, tokenizer):
     """Training examples of (question index, text) pairs: the answer-free prompt and the text."""
-    prompts = make_prompts(questions, tokenizer, cfg.image_size)
-    return [Example(prompts[i].image, prompts[i].ids, tokenizer.response(text)) for i, text in kept]
+    return [Example(*prompts[i], tokenizer.response(text)) for i, text in kept]
 
 
 def new_policy(cfg, tokenizer):
