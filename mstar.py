@@ -38,7 +38,7 @@ import torch
 from data import TASKS, TESTBEDS, Tokenizer, build_world, oracle, write_caption, write_reasoning
 from evaluate import (auc, bootstrap_interval, evaluate_policy, grade, make_prompts, most_frequent_answer, paired_gain, print_report, reward_pass_at_k,
                       sample_texts, share, write_html)
-from model import (WORKERS, Example, ModelConfig, Policy, batches, fit, load_policy, load_tensors, load_training, new_optimizers, save_policy, save_tensors,
+from model import (WORKERS, Example, ModelConfig, Policy, batches, fit, load_policy, load_tensors, load_training, new_optimizers, sample, save_policy, save_tensors,
                    save_training, write_json, write_whole)
 from prm import StepLabels, label_responses, label_steps, rerank, score, train_prm
 
@@ -52,6 +52,9 @@ METHODS = {     # the paper's rows, as bundles of switches (its Tables 1 and 4);
 }
 ROWS = {"sft": "SFT (direct answers)", "prm": "+ PRM re-rank", "mstar": "M-STaR"}      # names in the result table, where they differ
 COMPARED = "sft,continuous,prm,mstar"                               # what `python mstar.py` runs
+# What a response and an update of a stage cost, in responses of true length and updates of worked examples (`expected_minutes`)
+WEIGHTS = {"warm-up": 1.0, "PRM": 1.0, "self-evolving": 1.0, "watching": 1.0, "sweeps": 1.0, "tests": 1.0, "base update": 1.0}
+SCALED = ("base_caption_updates", "base_updates", "warmup_questions", "warmup_updates", "prm_questions", "passes", "evolve_updates")      # by --minutes
 SHOWN = 2                                                          # questions of each task type and testbed that the report shows
 GRID = [round(0.3 + 0.1 * i, 1) for i in range(14)]                # the temperatures of a sweep, 0.3 .. 1.6
 
@@ -120,6 +123,7 @@ class Config:
     lr_warmup_updates: int = 20          # linear start of every learning-rate schedule
     monitor_rollouts: int = 16           # n of pass@k on validation
     max_new_tokens: int = 72             # the longest true reasoning text has 64 tokens
+    minutes: float = 0.0                 # if above 0: scale SCALED, so that the run is expected to take as long
 
     @property
     def splits(self):
@@ -177,8 +181,9 @@ def run(cfg, preset, out, command):
     world, tokenizer = build_world(cfg.splits, cfg.world_seed), Tokenizer()
     done = Checkpoint(out / "checkpoint", tokenizer, device)
     policy = new_policy(cfg, tokenizer).to(device)
-    announce(cfg, preset, out, device, policy, world)
-    if not (out / "config.json").exists():
+    begun = (out / "config.json").exists()
+    cfg = announce(cfg, preset, out, device, policy, world, tokenizer, to_be_scaled=cfg.minutes > 0 and not begun)
+    if not begun:
         save_tensors(out / "config.json", {}, {"preset": preset, **asdict(cfg), "splits": cfg.splits, "command": command})
     done.seconds["start"] = done.seconds.get("start", 0.0) + time.time() - began
 
@@ -704,25 +709,71 @@ def new_folder(cfg, preset):
     return out
 
 
-def announce(cfg, preset, out, device, policy, world):
-    """What is about to happen, before it starts."""
-    parameters = sum(p.numel() for p in policy.parameters())
+def work_of(cfg):
+    """(responses, updates) of a run by stage: what its cost is made of."""
     arms = arms_of(cfg)
     loops, with_prm = [switches for arm, switches in arms.items() if arm != "sft"], any(map(needs_prm, arms.values()))
     sweeps = sum(len(range(0, loop.iterations, loop.sweep_every)) for loop in loops if loop.temperature == "adaptive")
     monitored = sum(loop.iterations + 1 for loop in loops)          # each time one greedy response and monitor_rollouts per temperature
-    watching = monitored + cfg.monitor_rollouts * (monitored - sweeps + len(GRID) * sweeps)
-    sampled = {"warm-up": cfg.warmup_questions * cfg.warmup_rollouts,
-               "PRM": f"{cfg.prm_questions * cfg.prm_responses:,} and {cfg.prm_rollouts} from each of their steps" if with_prm else 0,
-               "self-evolving": sum(loop.iterations * loop.queries * loop.rollouts_per_question for loop in loops),
-               "watching": watching * cfg.validation, "tests": (2 + len(arms)) * (2 * cfg.test + 5 * cfg.testbed)}
+    responses = {"warm-up": cfg.warmup_questions * cfg.warmup_rollouts, "PRM": with_prm * cfg.prm_questions * cfg.prm_responses,
+                 "self-evolving": sum(loop.iterations * loop.queries * loop.rollouts_per_question for loop in loops),
+                 "watching": cfg.validation * (1 + cfg.monitor_rollouts) * (monitored - sweeps), "sweeps": cfg.validation * (1 + cfg.monitor_rollouts * len(GRID)) * sweeps,
+                 "tests": (2 + len(arms)) * (2 * cfg.test + len(TESTBEDS) * cfg.testbed)}
     updates = {"base": cfg.base_caption_updates + cfg.base_updates, "warm-up": cfg.warmup_updates,
-               "direct SFT": (cfg.warmup_updates + cfg.evolve_updates) * ("sft" in arms), "self-evolving": cfg.evolve_updates * len(loops)}
+               "SFT": (cfg.warmup_updates + cfg.evolve_updates) * ("sft" in arms), "self-evolving": cfg.evolve_updates * len(loops)}
+    return responses, updates
+
+
+def expected_minutes(cfg, policy, world, tokenizer):
+    """{stage: minutes} on this machine, from a short calibration: seconds of an update and of a response of true length.
+
+    The weights beside them are what a response or an update of a stage cost in a run on 2 cores, measured in those units: responses
+    with the same beginning share work, so that a sweep's are cheap; a label's response takes its rollouts with it; PRM scores
+    are part of watching and sweeping; greedy test responses share nothing."""
+    rng, questions = random.Random(0), world["labeled"][:64]
+    prompts, probe = make_prompts(questions, tokenizer, cfg.image_size), copy.deepcopy(policy)
+    texts = [[tokenizer.response(write_reasoning(question, rng)) for _ in range(8)] for question in questions]
+    stream = batches([Example(*prompt, text) for prompt, group in zip(prompts, texts) for text in group], cfg.batch_size, rng, together=2)
+
+    def seconds(run):
+        began = time.time()
+        run()
+        return time.time() - began
+
+    fit(probe, *new_optimizers(probe, 1e-4, 1), stream, 1, "calibration")
+    update = seconds(lambda: fit(probe, *new_optimizers(probe, 1e-4, 1), stream, 5, "calibration")) / 5
+    length = min(32, cfg.max_new_tokens)                           # tokens that are written, the last of them freely: about the mean response
+    response = seconds(lambda: sample(policy, prompts, 1, 1.0, length, 0, tokenizer.EOS, prefixes=[[text[:length - 1] for text in group] for group in texts])) / sum(map(len, texts))
+    responses, updates = work_of(cfg)
+    weight = WEIGHTS | {"PRM": WEIGHTS["PRM"] * cfg.prm_rollouts}
+    return {stage: (responses.get(stage, 0) * weight.get(stage, 0) * response + updates.get(stage, 0) * WEIGHTS.get(f"{stage} update", 1.0) * update) / 60
+            for stage in {**updates, **responses}}
+
+
+def expected_memory(cfg, policy):
+    """Gigabytes: the program, the pictures of the largest split that is trained on, and the sampler's caches."""
+    pictures = max(cfg.base_images, cfg.base_worked + cfg.base_worked_with_answer, cfg.labeled if "sft" in cfg.arms else cfg.queries) * 3 * cfg.image_size ** 2
+    rows, workers, size = (1024, WORKERS, 4) if policy.device.type == "cpu" else (4096, 1, 2)
+    cache = workers * size * 2 * cfg.layers * cfg.width * cfg.kv_heads // cfg.heads * rows * (cfg.max_new_tokens + 8)
+    return 0.5 + (pictures + cache) / 2**30
+
+
+def announce(cfg, preset, out, device, policy, world, tokenizer, to_be_scaled):
+    """Say what is about to happen, before it starts. Returns the Config, which is scaled to fit into cfg.minutes if it is `to_be_scaled`."""
+    minutes = expected_minutes(cfg, policy, world, tokenizer)
+    if to_be_scaled:                                               # everything but the tests
+        factor = max(0.01, (cfg.minutes - minutes["tests"]) / (sum(minutes.values()) - minutes["tests"]))
+        cfg = replace(cfg, **{name: type(getattr(cfg, name))(max(2, round(factor * getattr(cfg, name))) if name != "passes" else factor * cfg.passes) for name in SCALED})
+        minutes = expected_minutes(cfg, policy, world, tokenizer)
+        print(f"scaled    by {factor:.2f} to fit {cfg.minutes:g} minutes: " + ", ".join(f"{name} {getattr(cfg, name):.4g}" for name in SCALED))
+    responses, updates = work_of(cfg)
     print(f"run       {out}   preset {preset}, method {cfg.method}, seed {cfg.seed}, on {device} ({WORKERS} workers)")
-    print(f"policy    {parameters:,} parameters")
+    print(f"policy    {sum(p.numel() for p in policy.parameters()):,} parameters")
     print("sets      " + ", ".join(f"{name} {len(questions):,}" for name, questions in world.items()))
-    print("responses " + ", ".join(f"{name} {n if isinstance(n, str) else f'{n:,}'}" for name, n in sampled.items()))
-    print(f"updates   {sum(updates.values()):,}: " + ", ".join(f"{name} {n:,}" for name, n in updates.items()) + f" ({', '.join(arms)}; {cfg.iterations} iterations)")
+    print(f"responses {sum(responses.values()):,}: " + ", ".join(f"{name} {n:,}" for name, n in responses.items()) + f"; {cfg.prm_rollouts} rollouts from each step of the PRM's")
+    print(f"updates   {sum(updates.values()):,}: " + ", ".join(f"{name} {n:,}" for name, n in updates.items()) + f" ({', '.join(arms_of(cfg))}; {cfg.iterations} iterations)")
+    print(f"expected  {sum(minutes.values()):.1f} minutes: " + ", ".join(f"{name} {m:.1f}" for name, m in minutes.items() if m) + f"; {expected_memory(cfg, policy):.1f} GB of memory", flush=True)
+    return cfg
 
 
 def log(out, metrics):
