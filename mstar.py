@@ -743,7 +743,7 @@ def expected_minutes(cfg, policy, world, tokenizer):
     fit(probe, *new_optimizers(probe, 1e-4, 1), stream, 1, "calibration")
     update = seconds(lambda: fit(probe, *new_optimizers(probe, 1e-4, 1), stream, 5, "calibration")) / 5
     length = min(32, cfg.max_new_tokens)                           # tokens that are written, the last of them freely: about the mean response
-    response = seconds(lambda: sample(policy, prompts, 1, 1.0, length, 0, tokenizer.EOS, prefixes=[[text[:length - 1] for text in group] for group in texts])) / sum(map(len, texts))
+    response = seconds(lambda: sample(policy, prompts, 1, 1.0, length, 0, tokenizer.EOS, prefixes=[[text[:-1][:length - 1] for text in group] for group in texts])) / sum(map(len, texts))
     responses, updates = work_of(cfg)
     weight = WEIGHTS | {"PRM": WEIGHTS["PRM"] * cfg.prm_rollouts}
     return {stage: (responses.get(stage, 0) * weight.get(stage, 0) * response + updates.get(stage, 0) * WEIGHTS.get(f"{stage} update", 1.0) * update) / 60
