@@ -253,6 +253,27 @@ def test_arms_get_equal_responses_and_updates_and_their_own_switches(two_runs):
     assert "sweep" in arms["mstar"][0] and not any("sweep" in line for arm in ("continuous", "prm") for line in arms[arm])
 
 
+def test_the_work_that_is_announced_is_the_work_that_is_done(two_runs):
+    report = two_runs[1][0]
+    responses, updates = mstar.work_of(Config(**report["config"]))
+    done = {name: sum(line.get(name, 0) for line in report["iterations"]) for name in ("responses", "updates")}
+    assert responses["self-evolving"] == done["responses"] and updates["self-evolving"] >= done["updates"]      # without a right response there is no update
+    assert report["stages"].keys() == {"start", "base", "warm-up", "PRM", "tests", "sft", "continuous", "prm", "mstar"}
+    assert report["seconds"] == pytest.approx(sum(report["stages"].values()), abs=1)
+
+
+def test_minutes_scale_a_run_once(tmp_path, tokenizer, monkeypatch, capsys):
+    """Twice the time for everything but the tests, from a made-up price of 0.5 minutes per update of the base."""
+    monkeypatch.setattr(mstar, "expected_minutes", lambda cfg, *rest: {"base": 0.5 * cfg.base_updates, "tests": 1.0})
+    cfg, preset, _ = parse([*TINY, "--minutes", "5"])
+    policy = mstar.new_policy(cfg, tokenizer)
+    scaled = mstar.announce(cfg, preset, tmp_path, "cpu", policy, {}, tokenizer, to_be_scaled=True)
+    assert scaled.base_updates == 2 * cfg.base_updates and scaled.passes == 2 * cfg.passes and scaled.evolve_updates == 2 * cfg.evolve_updates and scaled.test == cfg.test
+    screen = capsys.readouterr().out
+    assert "scaled    by 2.00 to fit 5 minutes" in screen and "expected  5.0 minutes" in screen
+    assert mstar.announce(scaled, preset, tmp_path, "cpu", policy, {}, tokenizer, to_be_scaled=False) == scaled
+
+
 def test_samples_show_fixed_questions_with_a_verdict_per_step(two_runs):
     shown = [json.loads((two_runs[0][0] / "samples" / f"{iteration}.json").read_text()) for iteration in range(3)]
     ids = [[question["id"] for question in part["questions"]] for part in shown]

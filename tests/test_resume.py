@@ -222,6 +222,25 @@ def test_training_goes_on_to_the_same_bits_and_from_the_generation_before_a_dama
     assert trained(9, tmp_path)[0] == loss                         # all is done: nothing is trained, the loss is still known
 
 
+def test_ctrl_c_in_training_ends_the_update_and_saves(policy, prompts, tmp_path):
+    examples = examples_of(prompts)
+
+    def interrupted():
+        for number, batch in enumerate(endless(examples), 1):
+            if number == 3:
+                os.kill(os.getpid(), signal.SIGINT)
+            yield batch
+
+    optimizers, schedules = new_optimizers(policy, 1e-2, 3)
+    with pytest.raises(KeyboardInterrupt):
+        fit(policy, optimizers, schedules, interrupted(), 9, "test", tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["1.json", "1.safetensors"]
+    other = Policy(policy.config)
+    assert len(load_training(tmp_path, other, *new_optimizers(other, 1e-2, 3))["losses"]) == 3
+    assert all(torch.equal(a, b) for a, b in zip(policy.parameters(), other.parameters()))
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
 def test_a_full_gpu_gets_smaller_parts_and_the_same_sum(policy, prompts, monkeypatch, capsys):
     """Memory for three examples at a time: the update is that of the whole batch."""
     examples, start, collate, weights = examples_of(prompts), {name: tensor.clone() for name, tensor in policy.state_dict().items()}, model.collate, []
