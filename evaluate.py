@@ -232,7 +232,7 @@ h1 { font-size: 1.5rem } h2 { margin-top: 2.5rem; border-bottom: 1px solid var(-
 code { background: var(--box); padding: .1rem .3rem; overflow-wrap: anywhere } .scroll { overflow-x: auto } pre { overflow-x: auto }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums } th, td { padding: .25rem .6rem; text-align: right; border-bottom: 1px solid var(--line) }
 th:first-child, td:first-child, td.words { text-align: left } td.chosen { outline: 3px solid var(--ink); outline-offset: -3px; font-weight: bold }
-td.heat { background: color-mix(in srgb, var(--good) calc(var(--s) * 60%), transparent) }
+td small { display: block } td:not(:first-child, .words) { white-space: nowrap } td.heat { background: color-mix(in srgb, var(--good) calc(var(--s) * 60%), transparent) }
 .charts { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(22rem, 100%), 1fr)); gap: 1.5rem } figure { margin: 0 }
 svg text { fill: var(--ink); font-size: 12px } svg .grid { stroke: var(--line) } .key { margin-right: 1rem; white-space: nowrap }
 article { border: 1px solid var(--line); border-radius: .5rem; padding: 1rem; margin: 1rem 0; display: grid; grid-template-columns: 10rem minmax(0, 1fr); gap: 1rem }
@@ -413,7 +413,7 @@ def html_surface(lines):
             return ""
         mark = f" class='heat{' chosen' if t == line['sweep']['chosen'] else ''}' style='--s: {(column[t] - low) / max(high - low, 1e-9):.2f}'"
         return f"<td{mark}>{100 * column[t]:.1f}{' ←' if t == line['temperature'] else ''}</td>"
-    rows = [[f"T = {t}", *(cell(line, column, t) for line, column in zip(sweeps, table))] for t in sorted({t for column in table for t in column})]
+    rows = [[f"T&nbsp;=&nbsp;{t}", *(cell(line, column, t) for line, column in zip(sweeps, table))] for t in sorted({t for column in table for t in column})]
     return (html_table([f"{escape(aim)}, %", *(f"iteration {line['iteration']}" for line in sweeps)], rows)
             + "<p class='soft'>Dark: high. Outlined: chosen for the next iterations. ←: the temperature until then; it stays in a tie (a difference not above its own standard error).</p>")
 
@@ -425,7 +425,7 @@ def html_audit(audit):
               for key, words in (("labels", "Monte-Carlo labels"), ("scores", "PRM scores")) for what, part in (("step true", audit[key]["step"]), ("all steps so far true", audit[key]["so_far"]))]
     chosen = [[escape(name.replace("_", " ")), f"{part['responses']:,}", share(part["false_step"], 1)] for name, part in audit["selection"].items()]
     ways = ("best_of_n", "likeliest", "weighted_voting", "majority_voting", "oracle")
-    votes = [[f"N = {n}", *(share(row[way], 1) for way in ways)] for n, row in audit["verifier"].items() if n != "greedy"]
+    votes = [[f"N&nbsp;=&nbsp;{n}", *(share(row[way], 1) for way in ways)] for n, row in audit["verifier"].items() if n != "greedy"]
     return (html_table(["", "AUC", "AUC, same question and place", "balanced accuracy"], truths) + "<p>Right and different responses of pi_0 that hold a false step, by how they are chosen:</p>"
             + html_table(["chosen", "responses", "with a false step"], chosen) + f"<p>As a verifier (the paper's Figure 2a); greedy: {share(audit['verifier']['greedy'], 1)}</p>"
             + html_table(["", *(way.replace("_", " ") for way in ways)], votes)

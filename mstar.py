@@ -53,7 +53,7 @@ METHODS = {     # the paper's rows, as bundles of switches (its Tables 1 and 4);
 ROWS = {"sft": "SFT (direct answers)", "prm": "+ PRM re-rank", "mstar": "M-STaR"}      # names in the result table, where they differ
 COMPARED = "sft,continuous,prm,mstar"                               # what `python mstar.py` runs
 # What a response and an update of a stage cost, in responses of true length and updates of worked examples (`expected_minutes`)
-WEIGHTS = {"warm-up": 1.0, "PRM": 1.0, "self-evolving": 1.0, "watching": 1.0, "sweeps": 1.0, "tests": 1.0, "base update": 1.0}
+WEIGHTS = {"warm-up": 0.9, "PRM": 1.6, "self-evolving": 1.0, "watching": 1.5, "sweeps": 0.75, "tests": 2.6, "base update": 1.5, "SFT update": 0.7}
 SCALED = ("base_caption_updates", "base_updates", "warmup_questions", "warmup_updates", "prm_questions", "passes", "evolve_updates")      # by --minutes
 SHOWN = 2                                                          # questions of each task type and testbed that the report shows
 GRID = [round(0.3 + 0.1 * i, 1) for i in range(14)]                # the temperatures of a sweep, 0.3 .. 1.6
@@ -727,7 +727,7 @@ def work_of(cfg):
 def expected_minutes(cfg, policy, world, tokenizer):
     """{stage: minutes} on this machine, from a short calibration: seconds of an update and of a response of true length.
 
-    The weights beside them are what a response or an update of a stage cost in a run on 2 cores, measured in those units: responses
+    WEIGHTS is what a response or an update of a stage cost in a run on 2 cores, measured in those units: responses
     with the same beginning share work, so that a sweep's are cheap; a label's response takes its rollouts with it; PRM scores
     are part of watching and sweeping; greedy test responses share nothing."""
     rng, questions = random.Random(0), world["labeled"][:64]
