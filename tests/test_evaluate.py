@@ -200,8 +200,8 @@ def test_the_report_says_what_it_shows(run_folder):
     for words in ("right, selected, by a false step", "PRM 0.25 · rollouts 0.12 · ✗ false", "PRM 0.50 · rollouts 1.00 · ✓ true", "unparseable, truncated", "1 of 2 right",
                   "Not there: report.json", "Not there: audit.json", "no answer found: more --warmup_updates", "the PRM no longer knows this policy", "An unfinished run of mstar: 2 iterations"):
         assert words in page.words, words
-    chosen = [attributes for tag, attributes in page.tags if tag == "td" and "chosen" in attributes.get("class", "")]
-    assert len(chosen) == 1
+    chosen = [attributes["style"] for tag, attributes in page.tags if tag == "td" and "chosen" in attributes.get("class", "")]
+    assert chosen == ["--s: 1.00"] and "--s: 1.00'>65.0</td>" in (run_folder / "report.html").read_text()
     drawn = next(attributes["points"] for tag, attributes in page.tags if tag == "polyline")
     assert len(drawn.split()) == 2
 

@@ -286,6 +286,12 @@ def test_products_are_all_there_forward_and_backward(policy, prompts):
     vision = sum(p.numel() for p in policy.vision.blocks.parameters() if p.dim() == 2)
     expected = 3 * (patches * vision + image * policy.vision.project.weight.numel() + (image + text) * 2 * block + text * policy.embed.weight.numel())
     assert noted == expected + 2 * patches * policy.vision.patch.weight.numel() - 2 * image * last
+    forward = []
+    for mode in (torch.enable_grad, torch.inference_mode):         # in which products reach the notes as mm or as linear
+        with mode(), Products() as products:
+            policy(images, ids)
+        forward.append(sum(a.numel() * b[-1] for a, b in products.shapes))
+    assert 0 < forward[0] == forward[1] < noted
 
 
 @pytest.mark.parametrize("kind", ["sampling", "parts", "growth"])
