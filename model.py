@@ -796,6 +796,10 @@ class Products(TorchDispatchMode):
         self.shapes = []                                           # of the two factors of each product
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        with self:                                                 # linear and matmul are made of the products below
+            parts = function.decompose(*args, **kwargs or {})
+        if parts is not NotImplemented:
+            return parts
         if function in (torch.ops.aten.mm.default, torch.ops.aten.bmm.default, torch.ops.aten.addmm.default):
             self.shapes.append(tuple(factor.shape for factor in args[-2:]))
         return function(*args, **kwargs or {})
