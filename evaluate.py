@@ -477,7 +477,7 @@ def html_samples(rounds, config):
 
 def compare(folders):
     """The last rows of several finished runs on the same questions, and paired gains: of each run over the first, and, if all have the
-    same rows (seeds of one command), of the last row over the others, over questions and runs. Returns a dict of plain numbers."""
+    same rows (seeds of one command), of each row over those above it, over questions and runs. Returns a dict of plain numbers."""
     reports = [json.loads((Path(folder) / "report.json").read_text()) for folder in folders]
     for name in ("world_seed", "test", "testbed"):
         if len({report["config"][name] for report in reports}) > 1:
@@ -487,7 +487,8 @@ def compare(folders):
     mine = [rows[name] | {"name": f"{Path(folder).name}: {name}"} for rows, name, folder in zip(by_name, last, folders)]
     result = {"rows": mine, "gain_over_first": {row["name"]: paired_gain((row, mine[0])) for row in mine[1:]}}
     if all(rows.keys() == by_name[0].keys() for rows in by_name) and len(set(last)) == 1:
-        result["gain_in_all_runs"] = {f"{last[0]} - {name}": paired_gain(*((rows[last[0]], rows[name]) for rows in by_name)) for name in by_name[0] if name != last[0]}
+        result["gain_in_all_runs"] = {f"{name} - {other}": paired_gain(*((rows[name], rows[other]) for rows in by_name))
+                                      for i, name in enumerate(by_name[0]) for other in list(by_name[0])[:i]}
     return result
 
 
