@@ -40,7 +40,7 @@ from evaluate import (auc, bootstrap_interval, evaluate_policy, grade, make_prom
                       sample_texts, share, write_html)
 from model import (WORKERS, Example, ModelConfig, Policy, batches, fit, load_policy, load_tensors, load_training, new_optimizers, sample, save_policy, save_tensors,
                    save_training, write_json, write_whole)
-from prm import StepLabels, label_responses, label_steps, rerank, score, train_prm
+from prm import StepLabels, audit, label_responses, label_steps, rerank, score, train_prm
 
 METHODS = {     # the paper's rows, as bundles of switches (its Tables 1 and 4); "sft" is a stage of its own
     "sft": dict(select="all", temperature="1.0"),
@@ -53,7 +53,7 @@ METHODS = {     # the paper's rows, as bundles of switches (its Tables 1 and 4);
 ROWS = {"sft": "SFT (direct answers)", "prm": "+ PRM re-rank", "mstar": "M-STaR"}      # names in the result table, where they differ
 COMPARED = "sft,continuous,prm,mstar"                               # what `python mstar.py` runs
 # What a response and an update of a stage cost, in responses of true length and updates of worked examples (`expected_minutes`)
-WEIGHTS = {"warm-up": 0.9, "PRM": 1.6, "self-evolving": 1.0, "watching": 1.5, "sweeps": 0.75, "tests": 2.6, "base update": 1.5, "SFT update": 0.7}
+WEIGHTS = {"warm-up": 0.9, "PRM": 1.6, "self-evolving": 1.0, "watching": 1.5, "sweeps": 0.75, "audit": 2.4, "tests": 2.6, "base update": 1.5, "SFT update": 0.7}
 SCALED = ("base_caption_updates", "base_updates", "warmup_questions", "warmup_updates", "prm_questions", "passes", "evolve_updates")      # by --minutes
 SHOWN = 2                                                          # questions of each task type and testbed that the report shows
 GRID = [round(0.3 + 0.1 * i, 1) for i in range(14)]                # the temperatures of a sweep, 0.3 .. 1.6
@@ -193,9 +193,11 @@ def run(cfg, preset, out, command):
         warm = done.network("pi_0", lambda: stage_warmup(cfg, base, world, tokenizer, done))
         save_policy(warm, out / "warmup.safetensors", tokenizer.symbols)
     arms, prm, prm_metrics, iterations, rows = arms_of(cfg), None, None, [], []
-    with done.stage("PRM"):
-        if any(needs_prm(arm) for arm in arms.values()):
-            prm, prm_metrics = stage_prm(cfg, warm, world, tokenizer, out, done)
+    if any(needs_prm(arm) for arm in arms.values()):
+        with done.stage("PRM"):
+            prm, prm_metrics, labels = stage_prm(cfg, warm, world, tokenizer, out, done)
+        with done.stage("audit"):
+            write_json(out / "audit.json", done.once("audit", lambda: audit(warm, prm, labels, world["test"], world["labeled"], tokenizer, cfg.max_new_tokens)))
 
     def test(name, policy):
         with done.stage("tests"):
@@ -310,7 +312,7 @@ def needs_prm(cfg):
 
 def stage_prm(cfg, warm, world, tokenizer, out, done):
     """Label steps of pi_0's responses by Monte-Carlo rollouts and train the PRM on them. It is fixed from then on.
-    Writes prm.safetensors and labels.json (for the audit). Returns (RewardModel, metrics on held-out questions)."""
+    Writes prm.safetensors and labels.json (for the audit). Returns (RewardModel, metrics on held-out questions, labels)."""
     questions = world["labeled"][:cfg.prm_questions]
     labels = done.once("labels", lambda: [label._asdict() for label in label_steps(
         warm, questions, tokenizer, cfg.prm_responses, cfg.prm_rollouts, cfg.prm_temperature, cfg.max_new_tokens, seed_of(cfg, "labels"))])
@@ -320,7 +322,7 @@ def stage_prm(cfg, warm, world, tokenizer, out, done):
     write_json(out / "labels.json", [label._asdict() for label in labels])
     print(f"PRM       on {metrics['steps']:,} steps of held-out questions: AUC {share(metrics['auc'], 1)}, balanced accuracy "
           f"{share(metrics['balanced_accuracy'], 1)}, {share(metrics['good'], 1)} good steps, loss {metrics['loss']:.3f}", flush=True)
-    return prm, metrics
+    return prm, metrics, labels
 
 
 # ---------------------------------------------------------------- stage 4: self-evolve
@@ -718,7 +720,7 @@ def work_of(cfg):
     responses = {"warm-up": cfg.warmup_questions * cfg.warmup_rollouts, "PRM": with_prm * cfg.prm_questions * cfg.prm_responses,
                  "self-evolving": sum(loop.iterations * loop.queries * loop.rollouts_per_question for loop in loops),
                  "watching": cfg.validation * (1 + cfg.monitor_rollouts) * (monitored - sweeps), "sweeps": cfg.validation * (1 + cfg.monitor_rollouts * len(GRID)) * sweeps,
-                 "tests": (2 + len(arms)) * (2 * cfg.test + len(TESTBEDS) * cfg.testbed)}
+                 "audit": with_prm * 17 * cfg.test, "tests": (2 + len(arms)) * (2 * cfg.test + len(TESTBEDS) * cfg.testbed)}
     updates = {"base": cfg.base_caption_updates + cfg.base_updates, "warm-up": cfg.warmup_updates,
                "SFT": (cfg.warmup_updates + cfg.evolve_updates) * ("sft" in arms), "self-evolving": cfg.evolve_updates * len(loops)}
     return responses, updates

@@ -237,7 +237,7 @@ def two_runs(tmp_path_factory):
 def test_a_run_writes_its_files(two_runs):
     folders, (report, _) = two_runs
     assert sorted(path.name for path in folders[0].iterdir()) == [
-        "config.json", "labels.json", "metrics.jsonl", "policy.json", "policy.safetensors", "prm.json", "prm.safetensors", "report.html", "report.json",
+        "audit.json", "config.json", "labels.json", "metrics.jsonl", "policy.json", "policy.safetensors", "prm.json", "prm.safetensors", "report.html", "report.json",
         "samples", "warmup.json", "warmup.safetensors"]
     assert json.loads((folders[0] / "report.json").read_text()) == report
     assert [row["name"] for row in report["rows"]] == ["base", "+ warm-up", "SFT (direct answers)", "continuous", "+ PRM re-rank", "M-STaR"]
@@ -258,7 +258,7 @@ def test_the_work_that_is_announced_is_the_work_that_is_done(two_runs):
     responses, updates = mstar.work_of(Config(**report["config"]))
     done = {name: sum(line.get(name, 0) for line in report["iterations"]) for name in ("responses", "updates")}
     assert responses["self-evolving"] == done["responses"] and updates["self-evolving"] >= done["updates"]      # without a right response there is no update
-    assert report["stages"].keys() == {"start", "base", "warm-up", "PRM", "tests", "sft", "continuous", "prm", "mstar"}
+    assert report["stages"].keys() == {"start", "base", "warm-up", "PRM", "audit", "tests", "sft", "continuous", "prm", "mstar"}
     assert report["seconds"] == pytest.approx(sum(report["stages"].values()), abs=1)
 
 
