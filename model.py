@@ -5,7 +5,8 @@ Paper (arXiv 2412.17451v3): the policy model pi. There it is MiniCPM-V-2.5 (8B),
     member of the public SigLIP + pixel-shuffle + Llama family: a ViT reads patches, neighbouring patches are folded into
     one token ("pixel shuffle"), a linear map takes them into a Llama-style decoder that writes text.
 Read:     VisionTower -> DecoderBlock -> Policy -> fit -> sample   (bottom-up: the parts explain the whole)
-Departs:  sizes, and trained from scratch. One image per question, of one fixed size; no image tiling.
+Departs:  sizes, and trained from scratch. One image per question, of one fixed size; no image tiling. On a GPU the sampler runs
+          step by step, without CUDA graphs: there was none to measure on.
 Run:      python model.py --bench runs/NAME      (how fast it is; `fit` is the only entrance for training, `sample` for generating)
 
 Letters in shape comments: B batch rows, P image patches, I image tokens, T text tokens, S cached tokens, C width, H heads,
@@ -39,7 +40,8 @@ from tqdm import tqdm
 
 
 # On a CPU the work is cut into parts for Python threads with one torch thread each (torch releases Python's lock while it computes).
-# Threads inside a matrix product wait for one another by spinning, and next to a busy neighbour that took 22 to 26 times as long.
+# Threads inside a matrix product wait for one another by spinning: two of them took 1.3 times as long as two workers on a quiet
+# machine, and 7 times as long beside two busy processes.
 # What is computed together does not depend on the number of workers: neither do the results, to the bit.
 WORKERS = torch.get_num_threads()                                  # as many as cores, or OMP_NUM_THREADS
 torch.set_num_threads(1)
@@ -197,7 +199,7 @@ class Place(NamedTuple):
 
     def with_question(self, rows, matrices):
         """rows (B, G, H/G, X) times the matrix (N, G, X, Y) of each row's question -> (B, G, H/G, Y). All rows of a question go
-        into one product: its matrix is read once, not once per row."""
+        into one product: its matrix is read once, not once per row (1.2 times as long at T = 1, 1.1 times for a sweep)."""
         side_by_side = rows.new_zeros(*self.shape, *rows.shape[1:])
         side_by_side[self.owner, self.rank] = rows
         product = side_by_side.transpose(1, 2).flatten(2, 3) @ matrices                                        # (N, G, most rows x H/G, Y)
@@ -693,7 +695,8 @@ def _sample_batch(policy, prompts, counts, temperature, uniforms, forced, end_to
         if not len(live):
             break
         # 3. Branch: one row for each different (row, token). The first branch of a row stays in it, the others are copied
-        #    into rows that nobody is in any more, so that the rows in use are [0, B)
+        #    into rows that nobody is in any more, so that the rows in use are [0, B). A row for each response would take 1.4
+        #    times as long at T = 1, 2.8 times for a sweep, 4.6 times for step labels (results/cpu-speed-trials.json)
         branches, branch = torch.unique(row * V + tokens, return_inverse=True)
         parent, token, B = branches // V, branches % V, len(branches)
         stays = (parent.diff(prepend=parent.new_full((1,), -1)) > 0) & (parent < B)
@@ -705,7 +708,8 @@ def _sample_batch(policy, prompts, counts, temperature, uniforms, forced, end_to
             part[to, :, :t] = part[source, :, :t]
         owner[to] = owner[source]
         row, feed = target[branch], torch.empty_like(token).scatter_(0, target, token)
-        # questions that are done leave when they are half of all
+        # questions that are done leave when they are half of all (at T = 1 a tenth of the time). Waiting ones do not take their
+        # place: steps with at most 128 rows took 3 % of the time
         going = owner[:B].unique()
         if 2 * len(going) <= len(start):
             prefix, start = [tuple(part[going] for part in layer) for layer in prefix], start[going]
