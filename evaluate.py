@@ -310,6 +310,7 @@ def html_table(head, rows):
 
 
 def html_headline(report, config, lines):
+    """What came out, at what cost, by which command; or how far an unfinished run has come."""
     if not report:
         return f"<h1>An unfinished run of {escape(config['method'])}: {len(lines)} iterations so far</h1><p><code>{escape(config['command'])}</code></p>"
     gain, row = report["gain_over"]["+ warm-up"]["id"], next(row for row in report["rows"] if row["name"] not in report["gain_over"])
@@ -324,6 +325,7 @@ def points(gain):
 
 
 def html_rows(report):
+    """The result table in the paper's columns, with intervals, and the gains of the run's method."""
     def cells(row):
         for part, keys in (("id", ("all", *TASKS)), ("ood", (*TESTBEDS, "all"))):
             for key in keys:
@@ -419,6 +421,7 @@ def html_surface(lines):
 
 
 def html_audit(audit):
+    """Tables of prm.audit's numbers."""
     def number(value, format="{:.2f}"):
         return "-" if value is None else format.format(value)
     truths = [[f"{words}, {what}", number(part["all"]["auc"]), number(part["all"]["same_question"]), number(part["all"]["balanced_accuracy"])]

@@ -60,7 +60,7 @@ def begin(argv, log, dies_at=None, rng=random):
         status = 0
     except SystemExit as stop:
         status = stop.code
-    except BaseException:
+    except BaseException:                                          # a child must never go on with its parent's code
         import traceback
         traceback.print_exc()
     os._exit(status)
