@@ -32,6 +32,7 @@ from tqdm import tqdm
 from data import TASKS, TESTBEDS, Tokenizer, build_world, render
 from model import Prompt, load_policy, load_tensors, sample, write_json, write_whole
 
+MISSHAPEN = (KeyError, TypeError, AttributeError, StopIteration, RecursionError)       # what JSON of another shape than ours leads to
 COLUMNS = ("ID", *TASKS, *TESTBEDS, "OOD")
 
 
@@ -517,13 +518,14 @@ def main(argv=None):
                 print(f"{name}: {points(gain['ood'])} out of domain, {points(gain['id'])} in domain")
             return
         config = load_tensors(folder / "config.json")[1]
+        splits, world_seed, max_new_tokens = config["splits"], config["world_seed"], config["max_new_tokens"]
         policy, vocabulary = load_policy(folder / "policy.safetensors", "cuda" if torch.cuda.is_available() else "cpu")
-    except (OSError, ValueError) as error:
-        parser.exit(2, f"evaluate.py: {' '.join(args.runs)}: not what a finished run leaves ({error})\n")
+    except (OSError, ValueError, *MISSHAPEN) as error:
+        parser.exit(2, f"evaluate.py: {' '.join(args.runs)}: not what a run leaves ({type(error).__name__}: {error})\n")
     if vocabulary != tokenizer.symbols:
         parser.exit(2, f"evaluate.py: {folder}/policy.json: its vocabulary is not this version's; train again with python mstar.py\n")
-    world = build_world(config["splits"], config["world_seed"])
-    row = evaluate_policy(folder.name, policy, world, tokenizer, config["max_new_tokens"])
+    world = build_world(splits, world_seed)
+    row = evaluate_policy(folder.name, policy, world, tokenizer, max_new_tokens)
     print(format_table([row]))
     low, high = row["ci95"]["id"]["all"]
     print(f"in-domain accuracy {100 * row['id']['all']:.1f} % [{100 * low:.1f}, {100 * high:.1f}]")

@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from data import Tokenizer, build_world, oracle
-from evaluate import auc, balanced_accuracy, find_answer, grade, grade_greedily, make_prompts, sample_texts
+from evaluate import MISSHAPEN, auc, balanced_accuracy, find_answer, grade, grade_greedily, make_prompts, sample_texts
 from model import WORKERS, Example, Policy, load_policy, load_tensors, pad_together, write_json
 
 
@@ -301,12 +301,13 @@ def main(argv=None):
         policy, vocabulary = load_policy(folder / "warmup.safetensors", device)
         prm, _ = load_policy(folder / "prm.safetensors", device, RewardModel)
         labels = [StepLabels(**label) for label in json.loads((folder / "labels.json").read_text())]
-    except (OSError, ValueError, TypeError) as error:
-        parser.exit(2, f"prm.py: {folder}: not the folder of a run with a PRM ({error})\n")
+        splits, world_seed, max_new_tokens = config["splits"], config["world_seed"], config["max_new_tokens"]
+    except (OSError, ValueError, *MISSHAPEN) as error:
+        parser.exit(2, f"prm.py: {folder}: not the folder of a run with a PRM ({type(error).__name__}: {error})\n")
     if vocabulary != tokenizer.symbols:
         parser.exit(2, f"prm.py: {folder}/warmup.json: its vocabulary is not this version's; train again with python mstar.py\n")
-    world = build_world(config["splits"], config["world_seed"])
-    result = audit(policy, prm, labels, world["test"], world["labeled"], tokenizer, config["max_new_tokens"])
+    world = build_world(splits, world_seed)
+    result = audit(policy, prm, labels, world["test"], world["labeled"], tokenizer, max_new_tokens)
     write_json(folder / "audit.json", result)
     print(format_audit(result))
     auc_so_far = result["scores"]["so_far"]["all"]["auc"]

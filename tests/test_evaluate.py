@@ -247,3 +247,15 @@ def test_a_chart_has_ticks_around_its_values():
         heights = [float(point.split(",")[1]) for point in points.split()]
         assert all(15 <= y <= 175 for y in heights) and all((a < b) == (y > z) for a, b, y, z in zip(values, values[1:], heights, heights[1:]) if a != b)
         assert 2 <= sum(tag == "line" and attributes.get("class") == "grid" for tag, attributes in page.tags) <= 8
+
+
+@pytest.mark.parametrize("content", ["[" * 100_000, "3", "{}", "[]", '{"rows": 1}', "nonsense", "null"])
+def test_a_report_of_another_shape_is_one_clear_error(content, run_folder, capsys):
+    (run_folder / "report.json").write_text(content)
+    for flags in ([str(run_folder), "--report"], [str(run_folder), str(run_folder)]):
+        if content in ("{}", "[]", "null") and "--report" in flags:
+            continue                                               # an empty report counts as none
+        with pytest.raises(SystemExit) as stop:
+            evaluate.main(flags)
+        error = capsys.readouterr().err
+        assert stop.value.code == 2 and error.count("\n") == 1 and str(run_folder) in error

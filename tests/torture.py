@@ -15,6 +15,7 @@ import signal
 import sys
 import tempfile
 import time
+import traceback
 import zlib
 from pathlib import Path
 
@@ -60,10 +61,10 @@ def begin(argv, log, dies_at=None, rng=random):
         status = 0
     except SystemExit as stop:
         status = stop.code
-    except BaseException:                                          # a child must never go on with its parent's code
-        import traceback
-        traceback.print_exc()
-    os._exit(status)
+    finally:                                                       # a child must never go on with its parent's code
+        if status == 1:
+            traceback.print_exc()
+        os._exit(status)
 
 
 def result(folder):
