@@ -26,7 +26,7 @@ from torch import nn
 
 from data import Tokenizer, build_world, oracle
 from evaluate import MISSHAPEN, auc, balanced_accuracy, find_answer, grade, grade_greedily, make_prompts, sample_texts
-from model import WORKERS, Example, Policy, load_policy, load_tensors, pad_together, write_json
+from model import WORKERS, Example, Policy, collate, load_policy, load_tensors, write_json
 
 
 # ---------------------------------------------------------------- step labels
@@ -109,15 +109,17 @@ class RewardModel(nn.Module):
 
         @torch.no_grad()
         def read(batch):
-            images, ids, owner = (part.to(device) for part in pad_together([Example(*prompts[i], list(responses[i])) for i in batch]))
+            *given, targets = (part.to(device) for part in collate([Example(*prompts[i], list(responses[i])) for i in batch]))
             with self.policy.precision():
-                logits = self.policy(images, ids, owner)
-            words = logits[:, :-1].log_softmax(-1).gather(2, ids[:, 1:, None])[..., 0].cpu()             # (B, T-1): log p of token t+1
-            for row, i in enumerate(batch):
-                ends, first = step_ends(responses[i], tokenizer), len(prompts[i].ids) - 1
-                words_of = words[row, first:first + len(responses[i])]
-                last = words_of[[max(end - 1, 0) for end in ends]]                                       # the word before the line break
-                found[i] = torch.stack([words_of.cumsum(0)[ends], words_of.cummin(0).values[ends], last, torch.arange(1.0, 1 + len(ends))], dim=1)
+                logits = self.policy.logits(self.policy.hidden(*given))
+            words = logits.log_softmax(-1).gather(2, targets.clamp(min=0)[..., None])[..., 0].cpu()          # (B, T): log p of each token
+            ends = [step_ends(responses[i], tokenizer) for i in batch]
+            row, end = torch.tensor([(row, end) for row, places in enumerate(ends) for end in places]).T
+            number = torch.tensor([float(n) for places in ends for n, _ in enumerate(places, 1)])
+            before = (end - 1).clamp(min=0)                                                                  # the word before the line break
+            steps = torch.stack([words.cumsum(1)[row, end], words.cummin(1).values[row, end], words[row, before], number], dim=1)
+            for i, part in zip(batch, steps.split([len(places) for places in ends])):
+                found[i] = part
 
         with ThreadPoolExecutor(WORKERS) as pool:
             list(pool.map(read, (order[start:start + rows] for start in range(0, len(order), rows))))

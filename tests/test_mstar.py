@@ -28,10 +28,11 @@ def done(tmp_path, tokenizer):
 def test_targets_are_the_response_and_nothing_else():
     image = torch.zeros(64, 64, 3, dtype=torch.uint8)
     examples = [Example(image, [1, 50, 2], [60, 61, 3]), Example(image, [1, 50, 51, 52, 2], [70, 3])]
-    images, ids, owner, targets = collate(examples)
-    assert ids.tolist() == [[1, 50, 2, 60, 61, 3], [1, 50, 51, 52, 2, 70]]
-    assert targets.tolist() == [[-1, -1, 60, 61, 3, -1], [-1, -1, -1, -1, 70, 3]]
-    assert len(images) == 1 and owner.tolist() == [0, 0]
+    images, prompts, lengths, owner, ids, targets = collate(examples + examples[:1])
+    assert prompts.tolist() == [[1, 50, 0, 0], [1, 50, 51, 52]] and lengths.tolist() == [2, 4]
+    assert ids.tolist() == [[2, 60, 61], [2, 70, 0], [2, 60, 61]]
+    assert targets.tolist() == [[60, 61, 3], [70, 3, -1], [60, 61, 3]]
+    assert len(images) == 2 and owner.tolist() == [0, 1, 0]
 
 
 def test_training_lowers_the_loss_on_what_it_trains(policy):
