@@ -158,25 +158,59 @@ def balanced_accuracy(good, said_good):
     return float((said_good[good].mean() + (~said_good[~good]).mean()) / 2) if good.any() and not good.all() else None
 
 
-def bootstrap_interval(groups, draws=2000, seed=0):
-    """95 % percentile interval of the mean of group means. A group is an array (questions,), whose questions are resampled, or
-    (runs, questions), whose runs are, too, all with the same questions; every group has the same runs.
-    One group: an accuracy. Differences of two policies' per-question results: a paired comparison."""
-    rng, groups = np.random.default_rng(seed), [np.atleast_2d(values) for values in groups]
+def bootstrap_interval(groups, draws=2000, seed=0, luck=None, level=0.95):
+    """Interval of the mean of group means. A group is an array (questions,), or (runs, questions) with the same questions in each run;
+    every group has the same runs. One group: an accuracy. Differences of two policies' per-question results: a paired comparison.
+
+    Questions are resampled (percentile bootstrap). Runs, by seed, are too few for that: of two, resampling gives one alone half of the
+    time, and the interval would miss the truth as often. So each draw adds the luck of the runs instead: a Student t number times a
+    standard error. luck: (standard error, degrees of freedom), by default from the spread of the runs' own means; without a
+    second run it is unknown and left out: such an interval is about these policies only."""
+    rng, groups = np.random.default_rng(seed), [np.atleast_2d(np.asarray(values, float)) for values in groups]
     n = len(groups[0])
-    runs = rng.integers(n, size=(draws, n, 1)) if n > 1 else np.zeros((draws, 1, 1), int)
-    means = np.mean([values[runs, rng.integers(values.shape[1], size=(draws, 1, values.shape[1]))].mean(axis=(1, 2)) for values in groups], axis=0)
-    return [float(edge) for edge in np.percentile(means, [2.5, 97.5])]
+    if luck is None and n > 1:
+        luck = float(np.mean([values.mean(axis=1) for values in groups], axis=0).std(ddof=1)) / math.sqrt(n), n - 1
+    means = np.mean([values.mean(axis=0)[rng.integers(values.shape[1], size=(draws, values.shape[1]))].mean(axis=1) for values in groups], axis=0)
+    means = means + luck[0] * rng.standard_t(luck[1], draws) if luck else means
+    return [float(edge) for edge in np.percentile(means, [50 - 50 * level, 50 + 50 * level])]
+
+
+def luck_of_runs(accuracies):
+    """(standard error, degrees of freedom) that a difference of two arms has because every run is one of many possible, from
+    accuracies (arms, runs): what is left when arm and seed are taken out, pooled over all arms of a table (the residual of a
+    two-way analysis of variance), since one pair of arms with two or three seeds says little about it. None for a single run."""
+    arms, runs = np.shape(accuracies)
+    if runs < 2 or arms < 2:
+        return None
+    a = np.asarray(accuracies, float)
+    left = a - a.mean(axis=1, keepdims=True) - a.mean(axis=0) + a.mean()
+    freedom = (arms - 1) * (runs - 1)
+    return math.sqrt(2 * float((left ** 2).sum()) / freedom / runs), freedom
+
+
+def verdict(effects, margin=0.0, luck=None):
+    """Does a claim hold, all of whose effects should be above -margin? Each effect: a list of groups, as in `bootstrap_interval`.
+
+    "holds" if every 95 % interval lies above -margin (all must, so nothing is gained by having many); "fails" if one lies below 0
+    even at a level corrected for their number (Bonferroni); else "unresolved". Different claims are not corrected for each other.
+    Returns (verdict, [(effect, low, high)])."""
+    found = [(float(np.mean([np.mean(values) for values in groups])), *bootstrap_interval(groups, luck=luck, draws=4000)) for groups in effects]
+    corrected = [bootstrap_interval(groups, luck=luck, draws=4000, level=1 - 0.05 / len(effects)) for groups in effects]
+    if all(low > -margin for _, low, _ in found):
+        return "holds", found
+    return "fails" if any(high < 0 for _, high in corrected) else "unresolved", found
 
 
 def paired_gain(*pairs):
     """How much the first row of each pair beats the second on the same questions, the mean over pairs (one per run): {id: [gain, low,
     high], ood: [gain, low, high]}, with 95 % intervals over questions, and over runs if there are several."""
-    def difference(split):
-        return np.array([[(a == "r") - (b == "r") for a, b in zip(row["graded"][split], other["graded"][split])] for row, other in pairs], float)
-    beds = [difference(bed) for bed in TESTBEDS]
-    return {"id": [float(difference("test").mean()), *bootstrap_interval([difference("test")])],
-            "ood": [float(np.mean([bed.mean() for bed in beds])), *bootstrap_interval(beds)]}
+    groups = {"id": [differences(pairs, "test")], "ood": [differences(pairs, bed) for bed in TESTBEDS]}
+    return {key: [float(np.mean([group.mean() for group in parts])), *bootstrap_interval(parts)] for key, parts in groups.items()}
+
+
+def differences(pairs, split):
+    """(runs, questions) of -1, 0 and 1: is the first row of each pair right and the second wrong, or the other way round."""
+    return np.array([[(a == "r") - (b == "r") for a, b in zip(row["graded"][split], other["graded"][split])] for row, other in pairs], float)
 
 
 def most_frequent_answer(train, test):
@@ -219,6 +253,133 @@ def print_report(report):
 def share(part, whole):
     """"12.3 %", or a dash where there is nothing to take a share of."""
     return f"{100 * part / whole:.1f} %" if whole and part is not None else "-"
+
+
+# ---------------------------------------------------------------- the paper's tables and claims
+
+TABLES = {      # of each experiment the rows: arm -> words, the paper's ID and OOD accuracy (its MiniCPM-V-2.5; Table 5: averages of its three models)
+    "table1": {"+ warm-up": ("+ warm-up", 38.8, 52.6), "sft": ("SFT", 44.3, 54.8), "iterative_rft": ("Iterative RFT, 100 %", 42.3, 55.7), "rest_em": ("ReST-EM, 100 %", 42.3, 55.1),
+               "continuous_100": ("Continuous, 100 %", 42.2, 56.7), "continuous_50": ("Continuous, 50 %", 43.1, 56.2), "continuous": ("Continuous, 25 %", 43.1, 57.2),
+               "continuous_12.5": ("Continuous, 12.5 %", 42.3, 56.1), "continuous_6.25": ("Continuous, 6.25 %", 41.0, 56.8)},
+    "table2": {"continuous": ("all correct, no PRM", 43.1, 57.2), "random_2": ("Random-2, no PRM", 41.0, 55.5), "threshold": ("score > alpha", 43.8, 57.5),
+               "top_1": ("Top-1", 43.0, 59.0), "prm": ("Top-2", 45.3, 59.2), "top_4": ("Top-4", 44.0, 58.4)},
+    "table3": {"continuous": ("labeled only, no PRM", 43.1, 57.2), "prm": ("labeled only, PRM", 45.3, 59.2), "oracle": ("oracle, no PRM, from 0 %", 42.5, 58.2),
+               "oracle_prm": ("oracle, PRM, from 0 %", 42.9, 59.1), "vote_0": ("voted, PRM, from 0 %", 43.3, 58.2), "vote_25": ("voted, PRM, from 25 %", 42.4, 57.6),
+               "vote_50": ("voted, PRM, from 50 %", 42.9, 58.2), "vote_75": ("voted, PRM, from 75 %", 45.0, 58.8)},
+    "table4": {"base": ("base", 13.6, 52.4), "+ warm-up": ("+ warm-up", 38.8, 52.6), "sft": ("SFT", 44.3, 54.8), "rest_em": ("ReST-EM", 42.3, 55.1), "iterative_rft": ("Iterative RFT", 42.3, 55.7),
+               "continuous": ("Continuous", 43.1, 57.2), "prm": ("+ PRM re-rank", 45.3, 59.2), "mstar_pass_at_k": ("M-STaR, T by Pass@K", 42.8, 58.0), "mstar": ("M-STaR, T by Reward-Pass@2", 45.9, 59.5)},
+    "table5": {"base": ("base", {"small": 26.2, "medium": 46.5, "large": 55.0}), "+ warm-up": ("+ warm-up", {"small": 52.8, "medium": 55.3, "large": 57.7}),
+               "mstar": ("M-STaR", {"small": 53.3, "medium": 59.2, "large": 61.6})},
+    "dynamics": {"prm_watched": ("+ PRM re-rank, T = 1", 45.3, 59.2), "mstar_watched": ("M-STaR", 45.9, 59.5)},
+}
+CLAIMS = {      # of each experiment: (number in the paper's list of findings, words, pairs of arms of which the first should be better, by how much less it may be)
+    "table1": [("C1", "going on from the last weights beats restarting from pi_0", [("iterative_rft", "rest_em"), ("continuous_100", "rest_em")], 0.0),
+               ("C2", "keeping optimizer and schedule beats resetting them", [("continuous_100", "iterative_rft")], 0.0),
+               ("C3", "an interval of 25 % beats 100 %", [("continuous", "continuous_100")], 0.0), ("C3", "6.25 % is too small", [("continuous", "continuous_6.25")], 0.0)],
+    "table2": [("C4", "Top-2 beats all correct and Random-2", [("prm", "continuous"), ("prm", "random_2")], 0.0),
+               ("C4", "Top-2 beats Top-1, Top-4 and a threshold", [("prm", "top_1"), ("prm", "top_4"), ("prm", "threshold")], 0.0)],
+    "table3": [("C7", "unlabeled questions with voted answers do not help (by more than a point)", [("prm", f"vote_{percent}") for percent in (0, 25, 50, 75)], 0.01),
+               ("C7", "with true answers they are worth more than with voted ones", [("oracle_prm", "vote_0")], 0.0)],
+    "table4": [("C9", "T by Reward-Pass@2 beats T = 1", [("mstar", "prm")], 0.0), ("C9", "T by Reward-Pass@2 beats T by Pass@K", [("mstar", "mstar_pass_at_k")], 0.0),
+               ("C4, C9", "M-STaR beats continuous self-evolving", [("mstar", "continuous")], 0.0)],
+}
+
+
+def make_experiment(name, reports, command):
+    """Everything that a table of the paper, and the verdicts on its claims, are made from. reports: mstar's, one per size and seed, each
+    with the arms of the table. Returns a dictionary of plain numbers and texts."""
+    sizes = list(dict.fromkeys(report["size"] for report in reports))
+    arms = [dict(arm_in(report, arm), arm=arm, words=words, paper=[numbers[0][report["size"]]] if name == "table5" else list(numbers), size=report["size"], seed=report["seed"])
+            for report in reports for arm, (words, *numbers) in TABLES[name].items()]
+    of = {(size, arm): [a for a in arms if (a["size"], a["arm"]) == (size, arm)] for size in sizes for arm in TABLES[name]}
+    rows = {key: [a["row"] for a in group] for key, group in of.items()}
+    evolved = [[row["id"]["all"] for row in rows[key]] for key, group in of.items() if group[0]["responses"]]
+    luck = luck_of_runs(evolved)
+
+    def pair(better, worse):
+        return [differences(list(zip(rows["medium", better], rows["medium", worse])), "test")]
+
+    claims = [(number, words, {f"{better} - {worse}": pair(better, worse) for better, worse in pairs}, margin, luck) for number, words, pairs, margin in CLAIMS.get(name, [])]
+    if name in ("table4", "table5"):
+        largest = "large" if name == "table5" else "medium"
+        gains, tasks = list(zip(rows[largest, "mstar"], rows[largest, "+ warm-up"])), np.array(reports[-1]["tasks"].split())
+        parts = {f"{task}": [differences(gains, "test")[:, tasks == task]] for task in TASKS} | {bed: [differences(gains, bed)] for bed in TESTBEDS}
+        claims.append(("C10", f"M-STaR beats pi_0 in every task type and testbed ({largest} policy)", parts, 0.0, None))
+    if name == "table5":
+        gain = {size: [differences(list(zip(rows[size, "mstar"], rows[size, "+ warm-up"])), bed) for bed in TESTBEDS] for size in sizes}
+        claims.append(("C10", "the smallest policy gains least out of domain", {f"{size} - small": [a - b for a, b in zip(gain[size], gain["small"])] for size in sizes if size != "small"}, 0.0, None))
+    if name == "table2":
+        numbers = {way: np.array([[float(v.replace("-", "nan")) for v in report["verifier"][way].split()] for report in reports]) for way in reports[0]["verifier"]}
+        fewer = {key: [np.nan_to_num(numbers[f"{key}_all"] - numbers[f"{key}_top_2"])] for key in ("false", "steps")}
+        claims += [("C5", "best-of-16 and weighted voting by the PRM do not beat majority voting (by more than a point)",
+                    {f"majority_voting - {way}": [numbers["majority_voting"] - numbers[way]] for way in ("best_of_n", "weighted_voting")}, 0.01, None),
+                   ("C5", "and yet it re-ranks well: fewer of the Top-2 than of all right responses hold a false step (share, per question)", {"all - Top-2": fewer["false"]}, 0.0, None),
+                   ("C6", "the Top-2 have fewer steps than all right responses (hundreds of steps, per question)", {"all - Top-2": [part / 100 for part in fewer["steps"]]}, 0.0, None)]
+    if name == "dynamics":
+        claims += [(number, words, {"effect": groups}, 0.0, None) for number, words, groups in dynamics_claims([a["iterations"] for a in of["medium", "prm_watched"]])]
+    result = {"experiment": name, "command": command, **{key: reports[0][key] for key in ("preset", "device", "versions", "config")}, "seeds": sorted({report["seed"] for report in reports}),
+              "minutes": sum(report["seconds"] for report in reports) / 60, "luck": luck, "claims": [], "arms": arms}
+    for number, words, effects, margin, spread in claims:
+        said, found = verdict(list(effects.values()), margin, spread)
+        result["claims"].append({"claim": number, "words": words, "verdict": said, "runs": len(next(iter(effects.values()))[0]), "questions": sum(group.shape[1] for group in next(iter(effects.values()))),
+                                 "effects": {effect: list(numbers) for effect, numbers in zip(effects, found)}})
+    if name != "dynamics":                                         # the curves of each question are only looked at there
+        for arm in arms:
+            arm["iterations"] = [{key: value for key, value in line.items() if key not in ("by_question", "sweep")} for line in arm["iterations"]]
+    return result
+
+
+def arm_in(report, arm):
+    """What a report says of an arm: its row, its iterations, and the responses sampled and updates made in training."""
+    row = next(row for row in report["rows"] if row["name"] in (arm, report["names"].get(arm)))
+    iterations, config = [line for line in report["iterations"] if line["arm"] == arm], report["config"]
+    updates = {"base": 0, "+ warm-up": config["warmup_updates"], "sft": config["warmup_updates"] + config["evolve_updates"]}
+    return {"row": row, "iterations": iterations, "responses": sum(line.get("responses", 0) for line in iterations),
+            "updates": updates[arm] if arm in updates else config["warmup_updates"] + sum(line.get("updates", 0) for line in iterations)}
+
+
+def dynamics_claims(runs):
+    """C8 of runs of one arm that was watched at every temperature: [(claim, words, groups)], effects between its first, middle and last look."""
+    def values(text):
+        return np.array([float(v) for v in text.split()])
+
+    def look(place):
+        lines = [[line for line in lines if "sweep" in line][place(len([line for line in lines if "sweep" in line]))] for lines in runs]
+        n = [line["by_question"] for line in lines]
+        return {"greedy": np.array([values(q["greedy"]) for q in n]), "pass@k": np.array([values(q["right"]) > 0 for q in n]).astype(float),
+                "Reward-Pass@2": np.array([values(q["reward_pass_at_2"]) for q in n]),
+                **{t: np.array([values(line["sweep"]["any_right"][t]) for line in lines]) for t in ("0.5", "1.5")}}
+
+    first, middle, last = look(lambda n: 0), look(lambda n: n // 2), look(lambda n: n - 1)
+    return [("C8", "greedy accuracy rises", [last["greedy"] - first["greedy"]]), ("C8", "pass@k falls", [first["pass@k"] - last["pass@k"]]),
+            ("C8", "the gap between them shrinks", [first["pass@k"] - first["greedy"] - last["pass@k"] + last["greedy"]]),
+            ("C8", "Reward-Pass@2 saturates: its first half gains more than its second", [2 * middle["Reward-Pass@2"] - first["Reward-Pass@2"] - last["Reward-Pass@2"]]),
+            ("C8", "pass@k falls more slowly at T = 1.5 than at 0.5", [first["0.5"] - last["0.5"] - first["1.5"] + last["1.5"]])]
+
+
+def format_experiment(result):
+    """An experiment as text, in Markdown: its table beside the paper's numbers, curves if it is about those, and its verdicts last."""
+    name, groups = result["experiment"], {}
+    for arm in result["arms"]:
+        groups.setdefault((arm["size"], arm["arm"]), []).append(arm)
+    columns = {"table4": ("ID", *TASKS, "OOD"), "table5": (*TESTBEDS, "OOD")}.get(name, ("ID", "OOD"))
+    lines = [f"| {name}, % | " + " | ".join(columns) + " | paper, " + ("average" if name == "table5" else "ID | paper, OOD") + " | responses | updates |", "|---" * (len(columns) + 4 + (name != "table5")) + "|"]
+    for (size, _), arms in groups.items():
+        row = {column: f"{100 * np.mean([{'ID': a['row']['id']['all'], 'OOD': a['row']['ood']['all'], **a['row']['id'], **{bed: a['row']['ood'][bed] for bed in TESTBEDS}}[column] for a in arms]):.1f}" for column in columns}
+        lines.append(f"| {size + ': ' if name == 'table5' else ''}{arms[0]['words']} | " + " | ".join([*row.values(), *map(str, arms[0]["paper"]), f"{arms[0]['responses']:,}", f"{arms[0]['updates']:,}"]) + " |")
+    if name == "dynamics":
+        for _, arms in groups.items():
+            lines += ["", f"| {arms[0]['words']}, validation, % | greedy | " + " | ".join(f"pass@{arms[0]['iterations'][0]['k']}, T = {t}" for t in ("0.5", "1.0", "1.5")) + " | Reward-Pass@2 | T |", "|---" * 7 + "|"]
+            for same in zip(*[[line for line in arm["iterations"] if "sweep" in line] for arm in arms]):
+                means = [np.mean([line["greedy_accuracy"] for line in same]), *(np.mean([line["sweep"]["surface"][t]["pass_at_k"] for line in same]) for t in ("0.5", "1.0", "1.5")), np.mean([line["reward_pass_at_2"] for line in same])]
+                lines.append(f"| iteration {same[0]['iteration']} | " + " | ".join([*(f"{100 * mean:.1f}" for mean in means), ", ".join(str(line["temperature"]) for line in same)]) + " |")
+    seeds = len(result["seeds"])
+    lines += ["", f"`{result['command']}`: {seeds} seed{'s' * (seeds > 1)}, {result['minutes']:.0f} minutes on {result['device']}. The paper's levels are not comparable with ours, its directions are.", "",
+              f"| claim | verdict | effect, points, with 95 % interval over questions{' and seeds' * (seeds > 1)} |", "|---|---|---|"]
+    for claim in result["claims"]:
+        effects = "; ".join(f"{words} {100 * effect:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]" for words, (effect, low, high) in claim["effects"].items())
+        lines.append(f"| {claim['claim']}: {claim['words']} | {claim['verdict']} | {effects} ({claim['runs']} x {claim['questions']} questions) |")
+    return "\n".join(lines)
 
 
 # ---------------------------------------------------------------- report.html: what happened, to look at

@@ -36,21 +36,35 @@ import numpy as np
 import torch
 
 from data import TASKS, TESTBEDS, Tokenizer, build_world, oracle, write_caption, write_reasoning
-from evaluate import (auc, bootstrap_interval, evaluate_policy, grade, make_prompts, most_frequent_answer, paired_gain, print_report, reward_pass_at_k,
-                      sample_texts, share, write_html)
+from evaluate import (TABLES, auc, bootstrap_interval, evaluate_policy, find_answer, format_experiment, grade, make_experiment, make_prompts, most_frequent_answer,
+                      paired_gain, print_report, reward_pass_at_k, sample_texts, share, write_html)
 from model import (WORKERS, Example, ModelConfig, Policy, batches, fit, load_policy, load_tensors, load_training, new_optimizers, sample, save_policy, save_tensors,
                    save_training, write_json, write_whole)
-from prm import StepLabels, audit, label_responses, label_steps, rerank, score, train_prm
+from prm import StepLabels, audit, label_responses, label_steps, rerank, score, train_prm, weighted_vote
 
-METHODS = {     # the paper's rows, as bundles of switches (its Tables 1 and 4); "sft" is a stage of its own
-    "sft": dict(select="all", temperature="1.0"),
-    "iterative_rft": dict(start_from="last", optimizer="reset", interval=1.0, select="all", temperature="1.0"),
-    "rest_em": dict(start_from="warmup", optimizer="reset", interval=1.0, select="all", temperature="1.0"),
-    "continuous": dict(start_from="last", optimizer="inherit", interval=0.25, select="all", temperature="1.0"),
-    "prm": dict(start_from="last", optimizer="inherit", interval=0.25, select="top", temperature="1.0"),
-    "mstar": dict(start_from="last", optimizer="inherit", interval=0.25, select="top", temperature="adaptive"),
+CONTINUOUS = dict(start_from="last", optimizer="inherit", interval=0.25, select="all", temperature="1.0")
+PRM = dict(CONTINUOUS, select="top")
+MSTAR = dict(PRM, temperature="adaptive")
+METHODS = {     # the rows of the paper's tables, as bundles of switches; "sft" is a stage of its own
+    "sft": dict(CONTINUOUS),
+    "iterative_rft": dict(CONTINUOUS, optimizer="reset", interval=1.0),
+    "rest_em": dict(CONTINUOUS, optimizer="reset", interval=1.0, start_from="warmup"),
+    "continuous": CONTINUOUS, "prm": PRM, "mstar": MSTAR,
+    # Table 1: shares of the questions per iteration
+    **{f"continuous_{words}": dict(CONTINUOUS, interval=share) for words, share in (("100", 1.0), ("50", 0.5), ("12.5", 0.125), ("6.25", 0.0625))},
+    # Table 2: which right responses are trained on
+    "random_2": dict(CONTINUOUS, select="random", keep_top=2), "threshold": dict(CONTINUOUS, select="threshold"),
+    "top_1": dict(PRM, keep_top=1), "top_4": dict(PRM, keep_top=4),
+    # Table 3: unlabeled questions, with the true answers or with those that a vote finds, after a share of the training
+    "oracle": dict(CONTINUOUS, unlabeled="oracle"), "oracle_prm": dict(PRM, unlabeled="oracle"),
+    **{f"vote_{percent}": dict(PRM, unlabeled="vote", mix_in=percent / 100) for percent in (0, 25, 50, 75)},
+    # Table 4: what the temperature is chosen by
+    "mstar_pass_at_k": dict(MSTAR, adapt_by="pass_at_k"),
+    # Figures 3 to 5: the same training, seen at every temperature
+    "prm_watched": dict(PRM, watch_every=2), "mstar_watched": dict(MSTAR, watch_every=2),
 }
 ROWS = {"sft": "SFT (direct answers)", "prm": "+ PRM re-rank", "mstar": "M-STaR"}      # names in the result table, where they differ
+SIZES = {"table5": {"small": 0.5, "": 1.0, "large": 1.5}}          # an experiment with policies of several widths, as factors
 COMPARED = "sft,continuous,prm,mstar"                               # what `python mstar.py` runs
 # What a response and an update of a stage cost, in responses of true length and updates of worked examples (`expected_minutes`)
 WEIGHTS = {"warm-up": 0.9, "PRM": 1.6, "self-evolving": 1.0, "watching": 1.5, "sweeps": 0.75, "audit": 2.4, "tests": 2.6, "base update": 1.5, "SFT update": 0.7}
@@ -65,6 +79,8 @@ class Config:
     out: str = ""                        # folder of the run; empty: runs/PRESET-METHOD-seedN, with a number if taken
     method: str = "mstar"                # one of METHODS; --method X runs X alone, without it everything in COMPARED runs
     arms: str = ""                       # or: the methods to run from one pi_0 and one PRM, comma-separated; the policy of --method, else of the last, is saved
+    experiment: str = ""                 # or: the arms of one of the paper's tables, and verdicts on its claims: table1 .. table5 or dynamics
+    seeds: int = 1                       # of an experiment: seeds 0 .. N-1
     seed: int = 0                        # weights, order of the data, sampling
     device: str = ""                     # empty: cuda, then mps, then cpu
     # the world
@@ -110,10 +126,13 @@ class Config:
     interval: float = 0.25               # share of the labeled questions per iteration
     select: str = "all"                  # which right responses are trained on: all, top, threshold or random
     keep_top: int = 2                    # responses per question that top and random keep
-    threshold: float = 0.5               # smallest reward R_p that threshold keeps
+    threshold: float = 0.25              # smallest reward R_p that threshold keeps; about 0.4 of pi_0's right and different responses (the paper's is not published)
+    unlabeled: str = "none"              # half of the questions from the unlabeled split: none, oracle (with the true answers) or vote (PRM-weighted)
+    mix_in: float = 0.0                  # share of the iterations before unlabeled questions join
     temperature: str = "1.0"             # of the sampled responses: a number, or adaptive: 1.0 at first, then as the sweeps say
     adapt_by: str = "reward_pass_at_k"   # what a sweep maximises: reward_pass_at_k (k = keep_top) or pass_at_k
     sweep_every: int = 2                 # iterations from sweep to sweep
+    watch_every: int = 0                 # if above 0: also measure all temperatures that often, without choosing by it
     passes: float = 2.0                  # how often each labeled question is asked in all
     rollouts_per_question: int = 8       # L; the paper: 16
     evolve_updates: int = 2400           # updates of all iterations together, equal for every method
@@ -162,11 +181,13 @@ def main(argv=None):
     """The main job: all stages in order, then the table. Returns the report. A run that was stopped anywhere, started again with
     --resume, takes what is finished from its folder and ends as if it had not been stopped."""
     argv = sys.argv[1:] if argv is None else argv
-    cfg, preset, out = parse(argv)
+    (cfg, preset, out), command = parse(argv), " ".join(["python mstar.py", *argv])
+    if cfg.experiment:
+        return experiment(cfg, preset, command)
     out = out or new_folder(cfg, preset)
-    with stopped_cleanly(out), alone_in(out):
+    with stopped_cleanly(f"--resume {out}"), alone_in(out):
         if not (out / "report.json").exists():
-            run(cfg, preset, out, " ".join(["python mstar.py", *argv]))
+            write_json(out / "report.json", run(cfg, preset, out, command))
         shutil.rmtree(out / "checkpoint", ignore_errors=True)
         write_html(out)
         report = json.loads((out / "report.json").read_text())
@@ -174,8 +195,30 @@ def main(argv=None):
     return report
 
 
+def experiment(cfg, preset, command):
+    """One of the paper's tables: its arms for each seed (and size), one after another, then the table and the verdicts on its claims.
+    Each seed has a folder of its own, in which base, pi_0, PRM and finished arms stay, for this and for other tables.
+    Writes results/PRESET-EXPERIMENT.json and returns what it holds."""
+    folder, reports = Path(cfg.out or f"runs/{preset}-experiments"), []
+    for size, factor in SIZES.get(cfg.experiment, {"": 1.0}).items():
+        for seed in range(cfg.seeds):
+            out = folder / "-".join([f"seed{seed}", *size.split()])
+            sized = replace(cfg, seed=seed, out=str(out), **{name: round(factor * getattr(cfg, name)) for name in ("width", "vision_width", "heads")},
+                            kv_heads=round(factor * cfg.heads) if cfg.kv_heads == cfg.heads else cfg.kv_heads)
+            with stopped_cleanly(command.removeprefix("python mstar.py ")):
+                out.mkdir(parents=True, exist_ok=True)
+                with alone_in(out):
+                    reports.append({"size": size or "medium", **run(same_as_before(sized, out), preset, out, command)})
+    result = make_experiment(cfg.experiment, reports, command)
+    with stopped_cleanly(command.removeprefix("python mstar.py ")):
+        Path("results").mkdir(exist_ok=True)
+        write_json(f"results/{preset}-{cfg.experiment}.json", result)
+    print(format_experiment(result))
+    return result
+
+
 def run(cfg, preset, out, command):
-    """All stages of one run, to its report.json. What `done` keeps is not computed again."""
+    """All stages of one run; returns its report. What `done` keeps is not computed again."""
     began, device = time.time(), cfg.device or available()[0]
     torch.manual_seed(cfg.seed)
     world, tokenizer = build_world(cfg.splits, cfg.world_seed), Tokenizer()
@@ -192,31 +235,34 @@ def run(cfg, preset, out, command):
     with done.stage("warm-up"):
         warm = done.network("pi_0", lambda: stage_warmup(cfg, base, world, tokenizer, done))
         save_policy(warm, out / "warmup.safetensors", tokenizer.symbols)
-    arms, prm, prm_metrics, iterations, rows = arms_of(cfg), None, None, [], []
+    arms, prm, prm_metrics, audited, iterations, rows = arms_of(cfg), None, None, None, [], []
     if any(needs_prm(arm) for arm in arms.values()):
         with done.stage("PRM"):
             prm, prm_metrics, labels = stage_prm(cfg, warm, world, tokenizer, out, done)
         with done.stage("audit"):
-            write_json(out / "audit.json", done.once("audit", lambda: audit(warm, prm, labels, world["test"], world["labeled"], tokenizer, cfg.max_new_tokens)))
+            audited = done.once("audit", lambda: audit(warm, prm, labels, world["test"], world["labeled"], tokenizer, cfg.max_new_tokens))
+            write_json(out / "audit.json", audited)
 
     def test(name, policy):
         with done.stage("tests"):
-            rows.append(done.once(f"row {name}", lambda: evaluate_policy(name, policy, world, tokenizer, cfg.max_new_tokens)))
+            return evaluate_policy(name, policy, world, tokenizer, cfg.max_new_tokens)
 
-    test("base", base)
-    test("+ warm-up", warm)
-    for arm, switches in arms.items():                             # from the same pi_0 and PRM, equal responses and updates
+    def run_arm(arm, switches):
+        """From the same pi_0 and PRM, with equal responses and updates."""
         with done.stage(arm):
-            if arm == "sft":
-                policy = done.network("sft", lambda: stage_direct_sft(cfg, base, world, tokenizer, done))
-            else:
-                policy, metrics = self_evolve(switches, arm, warm, prm, world, tokenizer, done, iterations)
-                iterations += metrics
-        test(ROWS.get(arm, arm), policy)
+            policy, metrics = (stage_direct_sft(cfg, base, world, tokenizer, done), []) if arm == "sft" else self_evolve(switches, arm, warm, prm, world, tokenizer, done, iterations)
+        row = test(ROWS.get(arm, arm), policy)
         if arm == cfg.method:
             save_policy(policy, out / "policy.safetensors", tokenizer.symbols)
-    most_frequent = most_frequent_answer(world["labeled"], world["test"])
-    write_report(out, load_tensors(out / "config.json")[1]["command"], cfg, preset, device, rows, iterations, prm_metrics, most_frequent, done.seconds)
+        return {"row": row, "iterations": metrics}
+
+    rows += [done.once("row base", lambda: test("base", base)), done.once("row + warm-up", lambda: test("+ warm-up", warm))]
+    for arm, switches in arms.items():
+        result = done.once(f"arm {arm}", lambda: run_arm(arm, switches))
+        shutil.rmtree(done.folder / arm, ignore_errors=True)       # its last weights
+        rows, iterations = [*rows, result["row"]], iterations + result["iterations"]
+    most_frequent, tasks = most_frequent_answer(world["labeled"], world["test"]), " ".join(question.task for question in world["test"])
+    return make_report(load_tensors(out / "config.json")[1]["command"], cfg, preset, device, rows, iterations, prm_metrics, audited, tasks, most_frequent, done.seconds)
 
 
 # ---------------------------------------------------------------- stage 1: base
@@ -307,7 +353,7 @@ def stage_direct_sft(cfg, base, world, tokenizer, done):
 
 def needs_prm(cfg):
     """Does an arm with these switches ask the PRM for anything?"""
-    return cfg.select in ("top", "threshold") or (cfg.temperature == "adaptive" and cfg.adapt_by == "reward_pass_at_k")
+    return cfg.select in ("top", "threshold") or cfg.unlabeled == "vote" or (cfg.temperature == "adaptive" and cfg.adapt_by == "reward_pass_at_k")
 
 
 def stage_prm(cfg, warm, world, tokenizer, out, done):
@@ -339,12 +385,13 @@ def self_evolve(cfg, arm, warm, prm, world, tokenizer, done, earlier=()):
         began, trained = time.time(), {}
         if iteration > 0:
             # 1. Generate: L responses to the next questions from the current policy
-            questions = questions_of(cfg, iteration, world["labeled"])
+            questions, known = questions_of(cfg, iteration, world)
             prompts = make_prompts(questions, tokenizer, cfg.image_size)
             texts, written, sampling = done.once(f"{arm} {iteration} responses", lambda: generate(
                 policy, prompts, tokenizer, cfg, temperature, seed_of(cfg, "generate", iteration), f"{arm} {iteration}: responses"))
             # 2. Reward: H(1(a == a*) R_p): of the right and different responses, those that the PRM ranks highest
-            right, counts = keep_right(questions, texts)
+            golds = questions if cfg.unlabeled == "oracle" else [*questions[:known], *pseudo_labeled(prm, questions[known:], prompts[known:], texts[known:], tokenizer)]
+            right, counts = keep_right(golds, texts)
             kept = right
             if cfg.select != "all":
                 rewards = response_rewards(prm, prompts, right, tokenizer) if needs_prm(cfg) else [0.0] * len(right)
@@ -362,17 +409,20 @@ def self_evolve(cfg, arm, warm, prm, world, tokenizer, done, earlier=()):
                        "none_right": counts["none_right"], "all_right": counts["all_right"],
                        "right_false_step": false_steps(questions, right) / max(1, len(right)),
                        "kept_false_step": false_steps(questions, kept) / max(1, len(kept)),
-                       "updates": updates if kept else 0, "loss": loss,
+                       "updates": updates if kept else 0, "loss": loss, "unlabeled": len(questions) - known,
+                       "pseudo_right": sum(gold.answer == question.answer for gold, question in zip(golds[known:], questions[known:])) / max(1, len(questions) - known),
                        "tokens": written, "sampling_seconds": round(sampling, 1), "training_seconds": round(training, 1)}
         # 4. Watch exploitation (greedy) and exploration (pass@k) on validation questions; every other time, balance them: the
         #    temperature of the next responses becomes the one at which the PRM finds most to exploit
         sweep = cfg.temperature == "adaptive" and iteration % cfg.sweep_every == 0 and iteration < cfg.iterations
-        watched = monitor(cfg, policy, prm, world, tokenizer, iteration, temperature, sweep)
+        look = sweep or cfg.watch_every and iteration % cfg.watch_every == 0
+        watched = monitor(cfg, policy, prm, world, tokenizer, iteration, temperature, look)
         metrics.append({"arm": arm, "iteration": iteration, **watched, **trained, "seconds": round(time.time() - began, 1)})
         if arm == cfg.method:
             write_samples(done.folder.parent / "samples", cfg, iteration, policy, warm, prm, world, tokenizer, temperature)
-        if sweep:
-            temperature = watched["sweep"]["chosen"]
+        if look and not sweep:
+            watched["sweep"]["chosen"] = temperature
+        temperature = watched["sweep"]["chosen"] if sweep else temperature
         log(done.folder.parent, [*earlier, *metrics])
         done.save(arm, policy, optimizers, schedules, temperature, metrics)
     return policy, metrics
@@ -391,12 +441,29 @@ def response_rewards(prm, prompts, kept, tokenizer):
     return [min(steps) for (steps,) in scores]
 
 
-def questions_of(cfg, iteration, questions):
-    """The questions of an iteration: its part of an endless row, in which every question comes once before any comes again, in a
-    new random order each time."""
-    rng = random.Random(seed_of(cfg, "questions"))
-    row = chain.from_iterable(rng.sample(questions, len(questions)) for _ in count())
-    return list(islice(row, (iteration - 1) * cfg.queries, iteration * cfg.queries))
+def questions_of(cfg, iteration, world):
+    """(questions of an iteration, how many of them are labeled). They are its part of an endless row, in which every question comes
+    once before any comes again, in a new random order each time. Once unlabeled questions have joined they are half of them, so
+    that no method asks more questions than another (our choice: the paper adds them on top). Unlabeled ones come last."""
+    def part(split, first, last):
+        rng = random.Random(seed_of(cfg, "questions") if split == "labeled" else seed_of(cfg, "questions", split))
+        row = chain.from_iterable(rng.sample(world[split], len(world[split])) for _ in count())
+        return list(islice(row, first, last))
+
+    joined = 0 if cfg.unlabeled == "none" else max(0, iteration - round(cfg.mix_in * cfg.iterations))      # iterations with unlabeled ones, this one included
+    half = cfg.queries // 2
+    before, now = (iteration - 1) * cfg.queries - half * max(0, joined - 1), cfg.queries - half * bool(joined)
+    return part("labeled", before, before + now) + part("unlabeled", half * max(0, joined - 1), half * joined), now
+
+
+def pseudo_labeled(prm, questions, prompts, texts, tokenizer):
+    """The questions with the answers that their responses vote for, weighted by R_p (the paper's pseudo answers), instead of the true
+    ones, which stay hidden. Where nobody votes there is nothing that could be right."""
+    if not questions:
+        return []
+    scores = score(prm, prompts, [[tokenizer.response(text) for text in group] for group in texts], tokenizer)
+    votes = [weighted_vote([find_answer(text) for text in group], [min(steps) for steps in rewards]) for group, rewards in zip(texts, scores)]
+    return [replace(question, answer=-1 if vote is None else vote) for question, vote in zip(questions, votes)]
 
 
 def keep_right(questions, texts):
@@ -445,6 +512,9 @@ def monitor(cfg, policy, prm, world, tokenizer, iteration, temperature, sweep):
     sampled = [response for group in responses for response in group[now]]
     metrics = {"temperature": temperature, "greedy_accuracy": float(right[:, 0].mean()), "k": n,
                **{name: float(values.mean()) for name, values in surface[temperature].items()},
+               # of each question: is the greedy response right; how many of the sampled ones; Reward-Pass@2
+               "by_question": {name: " ".join(f"{v:g}" for v in values) for name, values in (
+                   ("greedy", right[:, 0]), ("right", right[:, now].sum(axis=1)), ("reward_pass_at_2", surface[temperature].get("reward_pass_at_2", ())))},
                "false_step": false_steps(questions, right_texts) / max(1, len(right_texts)),      # among different right responses
                "distinct": float(np.mean([len(set(group[now])) / n for group in texts])),          # different texts per sampled response
                # the mean of -log p over sampled tokens estimates the entropy per token of the distribution sampled from, in nats
@@ -456,7 +526,8 @@ def monitor(cfg, policy, prm, world, tokenizer, iteration, temperature, sweep):
     if sweep:
         aim = "pass_at_k" if cfg.adapt_by == "pass_at_k" else f"reward_pass_at_{min(cfg.keep_top, L)}"
         metrics["sweep"] = choose_temperature({t: values[aim] for t, values in surface.items()}, temperature) | {
-            "aim": aim, "surface": {str(t): {name: float(v.mean()) for name, v in values.items()} for t, values in surface.items()}}
+            "aim": aim, "surface": {str(t): {name: float(v.mean()) for name, v in values.items()} for t, values in surface.items()},
+            "any_right": {str(t): " ".join(f"{v:g}" for v in values["pass_at_k"]) for t, values in surface.items()}}         # pass@k of each question
     return metrics
 
 
@@ -607,19 +678,19 @@ def alone_in(out):
 
 
 @contextmanager
-def stopped_cleanly(out):
-    """One line instead of a traceback for what can stop a run from outside, and how to go on."""
+def stopped_cleanly(again):
+    """One line instead of a traceback for what can stop a run from outside, and how to go on: python mstar.py `again`."""
     try:
         yield
     except KeyboardInterrupt:
         line, status = "stopped", 130
     except OSError as error:                                       # disk full, folder gone or read-only
-        line, status = f"{error.filename or out}: {error.strerror or error}", 2
+        line, status = f"{error.filename or again}: {error.strerror or error}", 2
     except FloatingPointError as error:
         line, status = str(error), 1
     else:
         return
-    print(f"mstar.py: {line}; what was saved is whole, go on with: python mstar.py --resume {out}", file=sys.stderr)
+    print(f"mstar.py: {line}; what was saved is whole, go on with: python mstar.py {again}", file=sys.stderr)
     sys.exit(status)
 
 
@@ -633,7 +704,7 @@ def parse(argv):
     parser.add_argument("--preset", choices=PRESETS, default=argparse.SUPPRESS)
     parser.add_argument("--resume", metavar="runs/NAME", help="go on with a run that was stopped", default=argparse.SUPPRESS)
     choices = {"method": METHODS, "device": available(), "start_from": ("last", "warmup"), "optimizer": ("inherit", "reset"),
-               "select": ("all", "top", "threshold", "random"), "adapt_by": ("reward_pass_at_k", "pass_at_k"), "prm_labels": ("soft", "hard")}
+               "select": ("all", "top", "threshold", "random"), "unlabeled": ("none", "oracle", "vote"), "experiment": TABLES, "adapt_by": ("reward_pass_at_k", "pass_at_k"), "prm_labels": ("soft", "hard")}
     comments = dict(re.findall(r"^    (\w+): \w+ = .*?# (.*)", inspect.getsource(Config), re.MULTILINE))     # a field's comment is its help
     for f in fields(Config):
         parser.add_argument(f"--{f.name}", type=type(f.default), choices=choices.get(f.name), default=argparse.SUPPRESS, metavar=None if f.name in choices else "",
@@ -643,22 +714,26 @@ def parse(argv):
         preset, cfg = begun_with(parser, Path(folder), given)
     else:
         preset = given.pop("preset", "gpu" if torch.cuda.is_available() else "cpu")
-        given["arms"] = given.get("arms") or given.get("method") or COMPARED
-        given.setdefault("method", given["arms"].split(",")[-1])
+        if "experiment" in given and (clash := given.keys() & {"arms", "method", "minutes", "seed", *CONTINUOUS, "keep_top", "adapt_by", "unlabeled", "mix_in", "watch_every"}):
+            parser.error(f"--experiment {given['experiment']}: its arms set --{sorted(clash)[0]}; leave it out")
+        given["arms"] = given.get("arms") or ",".join(arm for arm in TABLES.get(given.get("experiment"), {}) if arm in METHODS) or given.get("method") or COMPARED
+        given.setdefault("method", "" if "experiment" in given else given["arms"].split(",")[-1])
         cfg = Config(**{**PRESETS[preset], **METHODS.get(given["method"], {}), **given})
     if unknown := set(cfg.arms.split(",")) - METHODS.keys():
         parser.error(f"--arms {cfg.arms}: {sorted(unknown)[0]!r} is not a method; known: {', '.join(METHODS)}")
-    if cfg.method not in cfg.arms.split(","):
+    if cfg.method not in cfg.arms.split(",") and not cfg.experiment:
         parser.error(f"--arms {cfg.arms}: --method {cfg.method} must be among them")
     if cfg.temperature != "adaptive" and not re.fullmatch(r"\d+(\.\d*)?|\.\d+", cfg.temperature):
         parser.error(f"--temperature {cfg.temperature}: must be a number of at least 0, or adaptive")
-    may_be_0 = ("seed", "world_seed", "base_arithmetic", "base_worked", "base_worked_with_answer", "base_caption_updates", "vision_layers")
+    may_be_0 = ("seed", "world_seed", "base_arithmetic", "base_worked", "base_worked_with_answer", "base_caption_updates", "vision_layers", "watch_every")
     for f in fields(Config):
         value, least = getattr(cfg, f.name), 2 if f.name == "prm_questions" else int(isinstance(f.default, int) and f.name not in may_be_0)
         if not isinstance(value, str) and (not math.isfinite(value) or value < least):
             parser.error(f"--{f.name} {value}: must be at least {least}")
     if not 0 < cfg.interval <= 1:
         parser.error(f"--interval {cfg.interval}: must be above 0 and at most 1, the share of the questions per iteration")
+    if not cfg.mix_in < 1:
+        parser.error(f"--mix_in {cfg.mix_in}: must be below 1, the share of the iterations before unlabeled questions join")
     if cfg.image_size % 64:
         parser.error(f"--image_size {cfg.image_size}: must be a multiple of 64")
     try:
@@ -683,9 +758,21 @@ def begun_with(parser, folder, given):
     return saved.pop("preset"), Config(**saved)
 
 
+def same_as_before(cfg, out):
+    """The Config, if what is kept in the folder of an experiment was made with its values. Exits 2 and names the difference if not."""
+    if (out / "config.json").exists():
+        before = load_tensors(out / "config.json")[1]
+        for name, value in asdict(cfg).items():
+            if name not in ("experiment", "seeds", "arms", "method", "out") and before.get(name) != value:
+                print(f"mstar.py: {out}: was begun with --{name} {before.get(name)}, not {value}; give the experiment another --out", file=sys.stderr)
+                sys.exit(2)
+    return cfg
+
+
 def arms_of(cfg):
     """{method: Config} of the arms to run: --method with the switches as they are, the others with their own."""
-    return {arm: cfg if arm == cfg.method else replace(cfg, **METHODS[arm]) for arm in cfg.arms.split(",")}
+    plain = {name: getattr(Config, name) for name in METHODS.get(cfg.method, ())}
+    return {arm: cfg if arm == cfg.method else replace(cfg, **{**plain, **METHODS[arm]}) for arm in cfg.arms.split(",")}
 
 
 def available():
@@ -769,7 +856,7 @@ def announce(cfg, preset, out, device, policy, world, tokenizer, to_be_scaled):
         minutes = expected_minutes(cfg, policy, world, tokenizer)
         print(f"scaled    by {factor:.2f} to fit {cfg.minutes:g} minutes: " + ", ".join(f"{name} {getattr(cfg, name):.4g}" for name in SCALED))
     responses, updates = work_of(cfg)
-    print(f"run       {out}   preset {preset}, method {cfg.method}, seed {cfg.seed}, on {device} ({WORKERS} workers)")
+    print(f"run       {out}   preset {preset}, {f'experiment {cfg.experiment}' if cfg.experiment else f'method {cfg.method}'}, seed {cfg.seed}, on {device} ({WORKERS} workers)")
     print(f"policy    {sum(p.numel() for p in policy.parameters()):,} parameters")
     print("sets      " + ", ".join(f"{name} {len(questions):,}" for name, questions in world.items()))
     print(f"responses {sum(responses.values()):,}: " + ", ".join(f"{name} {n:,}" for name, n in responses.items()) + f"; {cfg.prm_rollouts} rollouts from each step of the PRM's")
@@ -797,18 +884,16 @@ def log(out, metrics):
               f"[{100 * low:.1f}, {100 * high:.1f}]; T {m['temperature']} would give {share(sweep['current_value'], 1)}", flush=True)
 
 
-def write_report(out, command, cfg, preset, device, rows, iterations, prm_metrics, most_frequent, seconds):
+def make_report(command, cfg, preset, device, rows, iterations, prm_metrics, audited, tasks, most_frequent, seconds):
     """report.json: everything a table or figure is made from."""
-    name = {row["name"]: row for row in rows}
-    mine = name[ROWS.get(cfg.method, cfg.method)]
-    report = {"command": command, "preset": preset, "method": cfg.method, "seed": cfg.seed,
-              "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
-              "device": torch.cuda.get_device_name() if device == "cuda" else f"{device}, {platform.machine()}, {WORKERS} workers",
-              "seconds": round(sum(seconds.values()), 1), "stages": {name: round(s, 1) for name, s in seconds.items()}, "config": asdict(cfg), "rows": rows, "iterations": iterations, "prm": prm_metrics,
-              "controls": {"most_frequent_answer": most_frequent},
-              "gain_over": {row["name"]: paired_gain((mine, row)) for row in rows if row is not mine}}
-    write_json(out / "report.json", report)
-    return report
+    mine = next((row for row in rows if row["name"] == ROWS.get(cfg.method, cfg.method)), None)
+    return {"command": command, "preset": preset, "method": cfg.method, "seed": cfg.seed,
+            "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
+            "device": torch.cuda.get_device_name() if device == "cuda" else f"{device}, {platform.machine()}, {WORKERS} workers",
+            "seconds": round(sum(seconds.values()), 1), "stages": {name: round(s, 1) for name, s in seconds.items()}, "config": asdict(cfg), "rows": rows, "iterations": iterations, "prm": prm_metrics,
+            "verifier": audited and audited["by_question"], "names": ROWS, "tasks": tasks,
+            "controls": {"most_frequent_answer": most_frequent},
+            "gain_over": {row["name"]: paired_gain((mine, row)) for row in rows if row is not mine} if mine else {}}
 
 
 if __name__ == "__main__":

@@ -216,7 +216,9 @@ def audit(policy, prm, labels, questions, labeled, tokenizer, max_new_tokens, n=
         chance (the fair comparison for the Top-2) or by the policy's likelihood of the whole response.
     verifier: accuracy at N = 1, 2, 4, 8, 16 of best-of-N by R_p and by likelihood, weighted and majority voting, and best-of-N
         by the oracle ("all steps true", then a vote), beside greedy: the paper's Figure 2a.
-    length: mean number of steps of the Top-2 and of the other right responses, where there are others: its Figure 2b."""
+    length: mean number of steps of the Top-2 and of the other right responses, where there are others: its Figure 2b.
+    by_question: numbers of each question, for paired comparisons, as text: is the answer right of greedy and of each way at N = n; mean
+        false steps (shares of responses) and numbers of steps of the Top-2 and of all right and different ones ("-": fewer than three)."""
     prompts = make_prompts(questions, tokenizer, policy.config.image_size)
     texts, responses = sample_texts(policy, prompts, tokenizer, n, 1.0, max_new_tokens, seed, "audit: responses")
     scores = score(prm, prompts, [[response.tokens for response in group] for group in responses], tokenizer)
@@ -237,21 +239,33 @@ def audit(policy, prm, labels, questions, labeled, tokenizer, max_new_tokens, n=
     result["selection"] = {name: {"responses": len(items), "false_step": float(np.mean([not true[item] for item in items])) if items else None}
                            for name, items in chosen.items()}
     top = set(chosen["top_2"])
-    crowded = {i for i in range(len(questions)) if sum(j == i for j, _ in kept) > 2}
-    steps = {name: [text.count("\n") + 1 for i, text in kept if i in crowded and ((i, text) in top) == inside] for name, inside in (("top_2", True), ("others", False))}
+    of_question = [[text for j, text in kept if j == i] for i in range(len(questions))]
+    crowded = [(i, group) for i, group in enumerate(of_question) if len(group) > 2]
+    steps = {name: [text.count("\n") + 1 for i, group in crowded for text in group if ((i, text) in top) == inside] for name, inside in (("top_2", True), ("others", False))}
     result["length"] = {name: float(np.mean(lengths)) if lengths else None for name, lengths in steps.items()}
+
+    def means(value, inside):
+        """Of each question: the mean over its Top-2, or over all of its right responses."""
+        groups = [[value(i, text) for text in group if not inside or (i, text) in top] if len(group) > 2 else [] for i, group in enumerate(of_question)]
+        return " ".join(f"{np.mean(group):.4g}" if group else "-" for group in groups)
+
+    result["by_question"] = {f"{name}_{which}": means(value, which == "top_2") for which in ("top_2", "all") for name, value in (
+        ("false", lambda i, text: not true[i, text]), ("steps", lambda i, text: text.count("\n") + 1))}
     # verification
     answers = [[find_answer(text) for text in group] for group in texts]
     rewards = [[min(steps) for steps in group] for group in scores]
     perfect = [[float(all(truth)) + 1e-6 for truth in group] for group in truths]
-    result["verifier"] = {"greedy": grade_greedily(policy, questions, tokenizer, max_new_tokens, "audit: greedy").count("right") / len(questions)}
+    greedy = [grade == "right" for grade in grade_greedily(policy, questions, tokenizer, max_new_tokens, "audit: greedy")]
+    result["verifier"], given = {"greedy": float(np.mean(greedy))}, {}
     for N in (k for k in (1, 2, 4, 8, 16) if k <= n):
-        ways = {"best_of_n": [a[int(np.argmax(r[:N]))] for a, r in zip(answers, rewards)],
-                "likeliest": [a[int(np.argmax([likely[i, text] for text in group[:N]]))] for i, (a, group) in enumerate(zip(answers, texts))],
-                "weighted_voting": [weighted_vote(a[:N], r[:N]) for a, r in zip(answers, rewards)],
-                "majority_voting": [weighted_vote(a[:N], [1.0] * N) for a in answers],
-                "oracle": [weighted_vote(a[:N], p[:N]) for a, p in zip(answers, perfect)]}
-        result["verifier"][N] = {way: float(np.mean([answer == question.answer for answer, question in zip(given, questions)])) for way, given in ways.items()}
+        given = {"best_of_n": [a[int(np.argmax(r[:N]))] for a, r in zip(answers, rewards)],
+                 "likeliest": [a[int(np.argmax([likely[i, text] for text in group[:N]]))] for i, (a, group) in enumerate(zip(answers, texts))],
+                 "weighted_voting": [weighted_vote(a[:N], r[:N]) for a, r in zip(answers, rewards)],
+                 "majority_voting": [weighted_vote(a[:N], [1.0] * N) for a in answers],
+                 "oracle": [weighted_vote(a[:N], p[:N]) for a, p in zip(answers, perfect)]}
+        given = {way: [answer == question.answer for answer, question in zip(answers, questions)] for way, answers in given.items()}
+        result["verifier"][N] = {way: float(np.mean(right)) for way, right in given.items()}
+    result["by_question"] |= {way: " ".join(f"{v:d}" for v in right) for way, right in (given | {"greedy": greedy}).items()}
     return result
 
 
