@@ -158,21 +158,22 @@ def balanced_accuracy(good, said_good):
     return float((said_good[good].mean() + (~said_good[~good]).mean()) / 2) if good.any() and not good.all() else None
 
 
-def bootstrap_interval(groups, draws=2000, seed=0, luck=None, level=0.95):
+def bootstrap_interval(groups, draws=2000, seed=0, luck=None, levels=(0.95,)):
     """Interval of the mean of group means. A group is an array (questions,), or (runs, questions) with the same questions in each run;
     every group has the same runs. One group: an accuracy. Differences of two policies' per-question results: a paired comparison.
 
     Questions are resampled (percentile bootstrap). Runs, by seed, are too few for that: of two, resampling gives one alone half of the
     time, and the interval would miss the truth as often. So each draw adds the luck of the runs instead: a Student t number times a
     standard error. luck: (standard error, degrees of freedom), by default from the spread of the runs' own means; without a
-    second run it is unknown and left out: such an interval is about these policies only."""
+    second run it is unknown and left out: such an interval is about these policies only.
+    Returns [low, high], of several levels one after the other."""
     rng, groups = np.random.default_rng(seed), [np.atleast_2d(np.asarray(values, float)) for values in groups]
     n = len(groups[0])
     if luck is None and n > 1:
         luck = float(np.mean([values.mean(axis=1) for values in groups], axis=0).std(ddof=1)) / math.sqrt(n), n - 1
     means = np.mean([values.mean(axis=0)[rng.integers(values.shape[1], size=(draws, values.shape[1]))].mean(axis=1) for values in groups], axis=0)
     means = means + luck[0] * rng.standard_t(luck[1], draws) if luck else means
-    return [float(edge) for edge in np.percentile(means, [50 - 50 * level, 50 + 50 * level])]
+    return [float(edge) for level in levels for edge in np.percentile(means, [50 - 50 * level, 50 + 50 * level])]
 
 
 def luck_of_runs(accuracies):
@@ -188,17 +189,15 @@ def luck_of_runs(accuracies):
     return math.sqrt(2 * float((left ** 2).sum()) / freedom / runs), freedom
 
 
-def verdict(effects, margin=0.0, luck=None):
+def verdict(effects, margin=0.0, luck=None, draws=4000):
     """Does a claim hold, all of whose effects should be above -margin? Each effect: a list of groups, as in `bootstrap_interval`.
 
     "holds" if every 95 % interval lies above -margin (all must, so nothing is gained by having many); "fails" if one lies below 0
     even at a level corrected for their number (Bonferroni); else "unresolved". Different claims are not corrected for each other.
     Returns (verdict, [(effect, low, high)])."""
-    found = [(float(np.mean([np.mean(values) for values in groups])), *bootstrap_interval(groups, luck=luck, draws=4000)) for groups in effects]
-    corrected = [bootstrap_interval(groups, luck=luck, draws=4000, level=1 - 0.05 / len(effects)) for groups in effects]
-    if all(low > -margin for _, low, _ in found):
-        return "holds", found
-    return "fails" if any(high < 0 for _, high in corrected) else "unresolved", found
+    found = [(float(np.mean([np.mean(values) for values in groups])), *bootstrap_interval(groups, draws, luck=luck, levels=(0.95, 1 - 0.05 / len(effects)))) for groups in effects]
+    said = "holds" if all(low > -margin for _, low, *_ in found) else "fails" if any(high < 0 for *_, high in found) else "unresolved"
+    return said, [(effect, low, high) for effect, low, high, *_ in found]
 
 
 def paired_gain(*pairs):
@@ -314,14 +313,15 @@ def make_experiment(name, reports, command):
         claims += [("C5", "best-of-16 and weighted voting by the PRM do not beat majority voting (by more than a point)",
                     {f"majority_voting - {way}": [numbers["majority_voting"] - numbers[way]] for way in ("best_of_n", "weighted_voting")}, 0.01, None),
                    ("C5", "and yet it re-ranks well: fewer of the Top-2 than of all right responses hold a false step (share, per question)", {"all - Top-2": fewer["false"]}, 0.0, None),
-                   ("C6", "the Top-2 have fewer steps than all right responses (hundreds of steps, per question)", {"all - Top-2": [part / 100 for part in fewer["steps"]]}, 0.0, None)]
+                   ("C6", "the Top-2 have fewer steps than all right responses (steps, per question)", {"all - Top-2": fewer["steps"]}, 0.0, None)]
     if name == "dynamics":
         claims += [(number, words, {"effect": groups}, 0.0, None) for number, words, groups in dynamics_claims([a["iterations"] for a in of["medium", "prm_watched"]])]
     result = {"experiment": name, "command": command, **{key: reports[0][key] for key in ("preset", "device", "versions", "config")}, "seeds": sorted({report["seed"] for report in reports}),
               "minutes": sum(report["seconds"] for report in reports) / 60, "luck": luck, "claims": [], "arms": arms}
     for number, words, effects, margin, spread in claims:
         said, found = verdict(list(effects.values()), margin, spread)
-        result["claims"].append({"claim": number, "words": words, "verdict": said, "runs": len(next(iter(effects.values()))[0]), "questions": sum(group.shape[1] for group in next(iter(effects.values()))),
+        sizes = [sum(group.shape[1] for group in groups) for groups in effects.values()]
+        result["claims"].append({"claim": number, "words": words, "verdict": said, "seeds": len(next(iter(effects.values()))[0]), "questions": [min(sizes), max(sizes)],
                                  "effects": {effect: list(numbers) for effect, numbers in zip(effects, found)}})
     if name != "dynamics":                                         # the curves of each question are only looked at there
         for arm in arms:
@@ -377,8 +377,10 @@ def format_experiment(result):
     lines += ["", f"`{result['command']}`: {seeds} seed{'s' * (seeds > 1)}, {result['minutes']:.0f} minutes on {result['device']}. The paper's levels are not comparable with ours, its directions are.", "",
               f"| claim | verdict | effect, points, with 95 % interval over questions{' and seeds' * (seeds > 1)} |", "|---|---|---|"]
     for claim in result["claims"]:
-        effects = "; ".join(f"{words} {100 * effect:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]" for words, (effect, low, high) in claim["effects"].items())
-        lines.append(f"| {claim['claim']}: {claim['words']} | {claim['verdict']} | {effects} ({claim['runs']} x {claim['questions']} questions) |")
+        unit, digits = (1, 2) if claim["claim"] == "C6" else (100, 1)
+        effects = "; ".join(f"{words} {unit * effect:+.{digits}f} [{unit * low:+.{digits}f}, {unit * high:+.{digits}f}]" for words, (effect, low, high) in claim["effects"].items())
+        said = claim["verdict"] + (", on one seed" if claim["seeds"] == 1 and claim["verdict"] != "unresolved" else "")
+        lines.append(f"| {claim['claim']}: {claim['words']} | {said} | {effects} (questions: {' to '.join(map(str, sorted(set(claim['questions']))))}) |")
     return "\n".join(lines)
 
 

@@ -225,7 +225,7 @@ def run(cfg, preset, out, command):
     done = Checkpoint(out / "checkpoint", tokenizer, device)
     policy = new_policy(cfg, tokenizer).to(device)
     begun = (out / "config.json").exists()
-    cfg = announce(cfg, preset, out, device, policy, world, tokenizer, to_be_scaled=cfg.minutes > 0 and not begun)
+    cfg = announce(cfg, preset, out, device, policy, world, tokenizer, done, to_be_scaled=cfg.minutes > 0 and not begun)
     if not begun:
         save_tensors(out / "config.json", {}, {"preset": preset, **asdict(cfg), "splits": cfg.splits, "command": command})
     done.seconds["start"] = done.seconds.get("start", 0.0) + time.time() - began
@@ -626,6 +626,10 @@ class Checkpoint:
         result = self._read(path, lambda path: load_tensors(path)[1]["result"])
         return self._write(path, json.loads(json.dumps(make()))) if result is None else result
 
+    def has(self, file):
+        """Is there a file of this name? (Whether it is whole shows when it is read.)"""
+        return (self.folder / file).exists()
+
     def network(self, name, make):
         """The Policy that make() returns; read back if it was made before."""
         path = self.folder / f"{name}.safetensors"
@@ -847,21 +851,25 @@ def expected_memory(cfg, policy):
     return 0.5 + (pictures + cache) / 2**30
 
 
-def announce(cfg, preset, out, device, policy, world, tokenizer, to_be_scaled):
+def announce(cfg, preset, out, device, policy, world, tokenizer, done, to_be_scaled):
     """Say what is about to happen, before it starts. Returns the Config, which is scaled to fit into cfg.minutes if it is `to_be_scaled`."""
-    minutes = expected_minutes(cfg, policy, world, tokenizer)
     if to_be_scaled:                                               # everything but the tests
+        minutes = expected_minutes(cfg, policy, world, tokenizer)
         factor = max(0.01, (cfg.minutes - minutes["tests"]) / (sum(minutes.values()) - minutes["tests"]))
         cfg = replace(cfg, **{name: type(getattr(cfg, name))(max(2, round(factor * getattr(cfg, name))) if name != "passes" else factor * cfg.passes) for name in SCALED})
-        minutes = expected_minutes(cfg, policy, world, tokenizer)
         print(f"scaled    by {factor:.2f} to fit {cfg.minutes:g} minutes: " + ", ".join(f"{name} {getattr(cfg, name):.4g}" for name in SCALED))
+    left = [arm for arm in arms_of(cfg) if not done.has(f"arm {arm}.json")]
+    if left:
+        minutes = expected_minutes(replace(cfg, arms=",".join(left)), policy, world, tokenizer)
+        minutes |= {stage: 0.0 for stage, file in (("base", "base.safetensors"), ("warm-up", "pi_0.safetensors"), ("PRM", "labels.json"), ("audit", "audit.json")) if done.has(file)}
     responses, updates = work_of(cfg)
     print(f"run       {out}   preset {preset}, {f'experiment {cfg.experiment}' if cfg.experiment else f'method {cfg.method}'}, seed {cfg.seed}, on {device} ({WORKERS} workers)")
     print(f"policy    {sum(p.numel() for p in policy.parameters()):,} parameters")
     print("sets      " + ", ".join(f"{name} {len(questions):,}" for name, questions in world.items()))
     print(f"responses {sum(responses.values()):,}: " + ", ".join(f"{name} {n:,}" for name, n in responses.items()) + f"; {cfg.prm_rollouts} rollouts from each step of the PRM's")
     print(f"updates   {sum(updates.values()):,}: " + ", ".join(f"{name} {n:,}" for name, n in updates.items()) + f" ({', '.join(arms_of(cfg))}; {cfg.iterations} iterations)")
-    print(f"expected  {sum(minutes.values()):.1f} minutes: " + ", ".join(f"{name} {m:.1f}" for name, m in minutes.items() if m) + f"; {expected_memory(cfg, policy):.1f} GB of memory", flush=True)
+    print(f"expected  {sum(minutes.values()):.1f} minutes: " + ", ".join(f"{name} {m:.1f}" for name, m in minutes.items() if m) + f"; {expected_memory(cfg, policy):.1f} GB of memory" if left else
+          "finished  all arms", flush=True)
     return cfg
 
 

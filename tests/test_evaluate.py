@@ -3,6 +3,7 @@ import base64
 import hashlib
 import json
 import random
+from collections import Counter
 from dataclasses import replace
 from html.parser import HTMLParser
 from itertools import combinations, permutations
@@ -13,7 +14,7 @@ import pytest
 
 import evaluate
 from data import TASKS, TESTBEDS, write_reasoning
-from evaluate import auc, balanced_accuracy, bootstrap_interval, evaluate_policy, format_table, grade, grade_greedily, most_frequent_answer, paired_gain, pass_at_k, reward_pass_at_k
+from evaluate import auc, balanced_accuracy, bootstrap_interval, evaluate_policy, format_table, grade, grade_greedily, luck_of_runs, most_frequent_answer, paired_gain, pass_at_k, reward_pass_at_k, verdict
 from model import save_tensors
 
 
@@ -59,8 +60,43 @@ def test_paired_gain_uses_pairs():
     assert paired_gain((a, b))["ood"] == [0, 0, 0]
     same, low2, high2 = paired_gain((a, b), (a, b))["id"]           # a second run that is the same adds nothing
     assert same == gain and abs(low2 - low) < 0.02 and abs(high2 - high) < 0.02
-    none, low3, high3 = paired_gain((a, b), (b, a))["id"]           # one that says the opposite widens the interval
-    assert isclose(none, 0, abs_tol=1e-12) and low3 <= -0.1 and high3 >= 0.1
+    none, low3, high3 = paired_gain((a, b), (b, a))["id"]           # one that says the opposite widens the interval: two runs say little
+    assert isclose(none, 0, abs_tol=1e-12) and low3 <= -0.8 and high3 >= 0.8
+
+
+@pytest.mark.parametrize("runs, arms", [(2, 6), (3, 2), (3, 7)])
+def test_verdicts_on_made_up_tables_whose_truth_is_known(runs, arms):
+    """Arms are right on hard and easy questions by chance, and every run has luck of its own. A gain of ten points is found, its reverse
+    too, and where there is none at least 95 of 100 tables stay unresolved. Resampling two runs instead would call half of them."""
+    rng, said = np.random.default_rng(runs * arms), {}
+    for gain, tables in ((0.1, 20), (-0.1, 20), (0.0, 100)):
+        said[gain] = Counter()
+        for _ in range(tables):
+            ease, luck = rng.beta(1, 1, 750), rng.normal(0, 0.012, (arms, runs, 1))
+            right = rng.random((arms, runs, 750)) < np.clip(0.1 + 0.7 * ease + luck + gain * (np.arange(arms) == 0)[:, None, None], 0, 1)
+            said[gain][verdict([[right[0].astype(float) - right[1]]], luck=luck_of_runs(right.mean(axis=2)), draws=1000)[0]] += 1
+    assert said[0.0]["unresolved"] >= 95
+    if (runs, arms) != (3, 2):                                     # two arms and three runs: two degrees of freedom see little
+        assert said[0.1]["holds"] >= 19 and said[-0.1]["fails"] >= 19
+    assert not said[0.1]["fails"] and not said[-0.1]["holds"]
+
+
+def test_a_verdict_of_one_run_and_of_several_effects():
+    rng = np.random.default_rng(0)
+    up, none = rng.random((1, 400)) < 0.2, np.where(np.arange(400) % 2, 1.0, -1.0)[None]
+    said, found = verdict([[up.astype(float)], [up.astype(float)]])
+    assert said == "holds" and found[0][0] == pytest.approx(up.mean()) and found[0][1] < up.mean() < found[0][2]
+    assert verdict([[up.astype(float)], [none]])[0] == "unresolved" and verdict([[up.astype(float)], [-up.astype(float)]])[0] == "fails"
+    assert verdict([[none * 0]], margin=0.01)[0] == "holds" and verdict([[none]], margin=0.01)[0] == "unresolved"
+    barely = np.array([[1.0] * 6 + [-1.0] * 18 + [0.0] * 400])     # below 0 at 95 %, but not as the worst of twenty
+    assert verdict([[-up.astype(float)] * 0 + [barely]])[0] == "fails" and verdict([[barely]] * 20)[0] == "unresolved"
+
+
+def test_luck_of_runs_is_what_arm_and_seed_leave():
+    """A table without luck has none, whatever its arms and seeds do; with luck of a known size the estimate is that of a difference."""
+    assert luck_of_runs(np.add.outer([0.1, 0.5, 0.4], [0.0, 0.2])) == (pytest.approx(0, abs=1e-12), 2) and luck_of_runs([[0.1], [0.2]]) is None
+    error, freedom = luck_of_runs(np.random.default_rng(0).normal(0, 0.02, (200, 3)))
+    assert freedom == 398 and error == pytest.approx(0.02 * (2 / 3) ** 0.5, rel=0.1)
 
 
 def test_most_frequent_answer_is_counted_by_template(world):

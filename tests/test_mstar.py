@@ -65,9 +65,31 @@ def test_arithmetic_is_true():
 def test_all_questions_are_asked_before_any_again():
     """Three an iteration out of seven: the iterations' questions in a row are all seven, then all seven in another order, ..."""
     cfg = Config(labeled=7, interval=3 / 7)
-    asked = [q for iteration in range(1, 8) for q in mstar.questions_of(cfg, iteration, list(range(7)))]
+    asked = [q for iteration in range(1, 8) for q in mstar.questions_of(cfg, iteration, {"labeled": list(range(7))})[0]]
     rounds = [asked[start:start + 7] for start in (0, 7, 14)]
     assert all(sorted(r) == list(range(7)) for r in rounds) and rounds[0] != rounds[1]
+
+
+def test_unlabeled_questions_join_as_half_of_the_questions_after_their_share_of_the_iterations():
+    """Eight iterations of six out of 24: never more than six, none twice before all have come, the labeled ones first and in their order."""
+    world = {"labeled": list(range(24)), "unlabeled": list(range(100, 124))}
+    alone = [q for i in range(1, 9) for q in mstar.questions_of(Config(labeled=24), i, world)[0]]
+    for mix_in, first in ((0.0, 1), (0.25, 3), (0.5, 5), (0.75, 7)):
+        cfg = Config(labeled=24, unlabeled="vote", mix_in=mix_in)
+        parts = [mstar.questions_of(cfg, i, world) for i in range(1, 9)]
+        assert [known for _, known in parts] == [6 if i < first else 3 for i in range(1, 9)] and all(len(questions) == 6 for questions, _ in parts)
+        labeled, unlabeled = [q for questions, known in parts for q in questions[:known]], [q for questions, known in parts for q in questions[known:]]
+        assert labeled == alone[:len(labeled)] and len(set(unlabeled)) == len(unlabeled) == 3 * (9 - first) and min(unlabeled, default=100) >= 100
+
+
+def test_pseudo_answers_are_votes_weighted_by_the_lowest_step(world, tokenizer, monkeypatch):
+    """Two of three say 5, but the third is trusted more; where nobody answers, nothing is right; the true answers are not looked at."""
+    rewards = {"1 + 4 = 5\nanswer: 5": [0.9, 0.2], "5\nanswer: 5": [0.3, 0.9], "answer: 7": [0.6], "red": [1.0], "7": [1.0]}
+    monkeypatch.setattr(mstar, "score", lambda prm, prompts, tokens, tok: [[rewards[tok.decode(t)] for t in group] for group in tokens])
+    questions = world["unlabeled"][:2]
+    voted = mstar.pseudo_labeled("a PRM", questions, [None, None], [["1 + 4 = 5\nanswer: 5", "5\nanswer: 5", "answer: 7"], ["red", "red", "7"]], tokenizer)
+    assert [q.answer for q in voted] == [7, -1] and [q.text for q in voted] == [q.text for q in questions]
+    assert keep_right(voted, [["answer: 7", "answer: 5"], ["red", "answer: 1"]])[0] == [(0, "answer: 7")]
 
 
 def evolve(world, tokenizer, tmp_path, monkeypatch, *flags):
@@ -268,11 +290,15 @@ def test_minutes_scale_a_run_once(tmp_path, tokenizer, monkeypatch, capsys):
     monkeypatch.setattr(mstar, "expected_minutes", lambda cfg, *rest: {"base": 0.5 * cfg.base_updates, "tests": 1.0})
     cfg, preset, _ = parse([*TINY, "--minutes", "5"])
     policy = mstar.new_policy(cfg, tokenizer)
-    scaled = mstar.announce(cfg, preset, tmp_path, "cpu", policy, {}, tokenizer, to_be_scaled=True)
+    done = Checkpoint(tmp_path / "checkpoint", tokenizer, "cpu")
+    scaled = mstar.announce(cfg, preset, tmp_path, "cpu", policy, {}, tokenizer, done, to_be_scaled=True)
     assert scaled.base_updates == 2 * cfg.base_updates and scaled.passes == 2 * cfg.passes and scaled.evolve_updates == 2 * cfg.evolve_updates and scaled.test == cfg.test
     screen = capsys.readouterr().out
     assert "scaled    by 2.00 to fit 5 minutes" in screen and "expected  5.0 minutes" in screen
-    assert mstar.announce(scaled, preset, tmp_path, "cpu", policy, {}, tokenizer, to_be_scaled=False) == scaled
+    assert mstar.announce(scaled, preset, tmp_path, "cpu", policy, {}, tokenizer, done, to_be_scaled=False) == scaled
+    (tmp_path / "checkpoint" / "base.safetensors").touch()         # what is there is not expected again
+    mstar.announce(scaled, preset, tmp_path, "cpu", policy, {}, tokenizer, done, to_be_scaled=False)
+    assert "expected  1.0 minutes" in capsys.readouterr().out
 
 
 def test_samples_show_fixed_questions_with_a_verdict_per_step(two_runs):
@@ -306,7 +332,9 @@ def test_a_finished_run_can_be_scored_again(two_runs, capsys):
     (["--preset", "huge"], "huge"), (["--method", "magic"], "magic"), (["--nonsense", "1"], "--nonsense"), (["--batch_size", "0"], "--batch_size"),
     (["--evolve_lr", "-0.1"], "--evolve_lr"), (["--seed", "x"], "--seed"), (["--image_size", "100"], "--image_size"), (["--device", "abacus"], "--device"),
     (["--temp", "1"], "--temp"), (["--temperature", "warm"], "--temperature"), (["--arms", "prm", "--method", "mstar"], "--arms"), (["--arms", "mstar,magic"], "magic"),
-    (["--keep_top", "0"], "--keep_top"), (["--prm_questions", "1"], "--prm_questions"), (["--select", "best"], "--select"), (["--adapt_by", "luck"], "--adapt_by"), (["--vision_width", "20"], "--vision_width"), (["--kv_heads", "0"], "--kv_heads")])
+    (["--keep_top", "0"], "--keep_top"), (["--prm_questions", "1"], "--prm_questions"), (["--select", "best"], "--select"), (["--adapt_by", "luck"], "--adapt_by"), (["--vision_width", "20"], "--vision_width"), (["--kv_heads", "0"], "--kv_heads"),
+    (["--unlabeled", "some"], "--unlabeled"), (["--mix_in", "1"], "--mix_in"), (["--experiment", "table9"], "table9"), (["--experiment", "table1", "--interval", "0.5"], "--interval"),
+    (["--experiment", "table1", "--seed", "1"], "--seed"), (["--experiment", "table1", "--seeds", "0"], "--seeds")])
 def test_wrong_use_exits_2_with_one_line_and_writes_nothing(flags, named, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as stop:
