@@ -3,9 +3,9 @@ evaluate.py: is an answer right, how good is a policy, and how sure are we of it
 
 Paper (arXiv 2412.17451v3): the binary reward 1(a == a*) (section on the reward model), greedy accuracy and Pass@K (section
     on dynamics), the columns of its tables (in-domain test; MathVista's task types; out-of-domain benchmarks).
-Read:     evaluate_policy -> grade_greedily -> grade, the statistics, write_html   (top-down)
+Read:     evaluate_policy -> grade_greedily -> grade, the statistics (verdict), make_experiment, write_html   (top-down)
 Departs:  the in-domain test carries the task columns (the paper gives them for MathVista); the out-of-domain columns are
-          our five testbeds. Answers are numbers. Intervals are ours: the paper gives none.
+          our five testbeds. Answers are numbers. Intervals and verdicts are ours: the paper gives none. TABLES holds its numbers.
 Run:      python evaluate.py runs/NAME               (score a saved policy again)
           python evaluate.py runs/NAME --report      (make report.html again)
           python evaluate.py runs/A runs/B           (compare)
@@ -287,46 +287,18 @@ CLAIMS = {      # of each experiment: (number in the paper's list of findings, w
 def make_experiment(name, reports, command):
     """Everything that a table of the paper, and the verdicts on its claims, are made from. reports: mstar's, one per size and seed, each
     with the arms of the table. Returns a dictionary of plain numbers and texts."""
-    sizes = list(dict.fromkeys(report["size"] for report in reports))
-    arms = [dict(arm_in(report, arm), arm=arm, words=words, paper=[numbers[0][report["size"]]] if name == "table5" else list(numbers), size=report["size"], seed=report["seed"])
+    arms = [arm_in(report, arm) | {"arm": arm, "words": words, "paper": [numbers[0][report["size"]]] if name == "table5" else list(numbers), "size": report["size"], "seed": report["seed"]}
             for report in reports for arm, (words, *numbers) in TABLES[name].items()]
-    of = {(size, arm): [a for a in arms if (a["size"], a["arm"]) == (size, arm)] for size in sizes for arm in TABLES[name]}
-    rows = {key: [a["row"] for a in group] for key, group in of.items()}
-    evolved = [[row["id"]["all"] for row in rows[key]] for key, group in of.items() if group[0]["responses"]]
-    luck = luck_of_runs(evolved)
-
-    def pair(better, worse):
-        return [differences(list(zip(rows["medium", better], rows["medium", worse])), "test")]
-
-    claims = [(number, words, {f"{better} - {worse}": pair(better, worse) for better, worse in pairs}, margin, luck) for number, words, pairs, margin in CLAIMS.get(name, [])]
-    if name in ("table4", "table5"):
-        largest = "large" if name == "table5" else "medium"
-        gains, tasks = list(zip(rows[largest, "mstar"], rows[largest, "+ warm-up"])), np.array(reports[-1]["tasks"].split())
-        parts = {f"{task}": [differences(gains, "test")[:, tasks == task]] for task in TASKS} | {bed: [differences(gains, bed)] for bed in TESTBEDS}
-        claims.append(("C10", f"M-STaR beats pi_0 in every task type and testbed ({largest} policy)", parts, 0.0, None))
-    if name == "table5":
-        gain = {size: [differences(list(zip(rows[size, "mstar"], rows[size, "+ warm-up"])), bed) for bed in TESTBEDS] for size in sizes}
-        claims.append(("C10", "the smallest policy gains least out of domain", {f"{size} - small": [a - b for a, b in zip(gain[size], gain["small"])] for size in sizes if size != "small"}, 0.0, None))
-    if name == "table2":
-        numbers = {way: np.array([[float(v.replace("-", "nan")) for v in report["verifier"][way].split()] for report in reports]) for way in reports[0]["verifier"]}
-        fewer = {key: [np.nan_to_num(numbers[f"{key}_all"] - numbers[f"{key}_top_2"])] for key in ("false", "steps")}
-        claims += [("C5", "best-of-16 and weighted voting by the PRM do not beat majority voting (by more than a point)",
-                    {f"majority_voting - {way}": [numbers["majority_voting"] - numbers[way]] for way in ("best_of_n", "weighted_voting")}, 0.01, None),
-                   ("C5", "and yet it re-ranks well: fewer of the Top-2 than of all right responses hold a false step (share, per question)", {"all - Top-2": fewer["false"]}, 0.0, None),
-                   ("C6", "the Top-2 have fewer steps than all right responses (steps, per question)", {"all - Top-2": fewer["steps"]}, 0.0, None)]
-    if name == "dynamics":
-        claims += [(number, words, {"effect": groups}, 0.0, None) for number, words, groups in dynamics_claims([a["iterations"] for a in of["medium", "prm_watched"]])]
-    result = {"experiment": name, "command": command, **{key: reports[0][key] for key in ("preset", "device", "versions", "config")}, "seeds": sorted({report["seed"] for report in reports}),
-              "minutes": sum(report["seconds"] for report in reports) / 60, "luck": luck, "claims": [], "arms": arms}
-    for number, words, effects, margin, spread in claims:
-        said, found = verdict(list(effects.values()), margin, spread)
-        sizes = [sum(group.shape[1] for group in groups) for groups in effects.values()]
-        result["claims"].append({"claim": number, "words": words, "verdict": said, "seeds": len(next(iter(effects.values()))[0]), "questions": [min(sizes), max(sizes)],
-                                 "effects": {effect: list(numbers) for effect, numbers in zip(effects, found)}})
-    if name != "dynamics":                                         # the curves of each question are only looked at there
-        for arm in arms:
-            arm["iterations"] = [{key: value for key, value in line.items() if key not in ("by_question", "sweep")} for line in arm["iterations"]]
-    return result
+    claims = []
+    for number, words, effects, margin, luck in claims_of(name, arms, reports):
+        said, found = verdict(list(effects.values()), margin, luck)
+        questions = [sum(group.shape[1] for group in groups) for groups in effects.values()]
+        claims.append({"claim": number, "words": words, "verdict": said, "seeds": len(next(iter(effects.values()))[0]), "questions": sorted({min(questions), max(questions)}),
+                       "margin": margin, "luck": luck, "effects": {effect: list(numbers) for effect, numbers in zip(effects, found)}})
+    for arm in arms:                                               # of each question only what a figure needs
+        arm["iterations"] = [{key: value for key, value in line.items() if name == "dynamics" or key not in ("by_question", "sweep")} for line in arm["iterations"]]
+    return {"experiment": name, "command": command, **{key: reports[0][key] for key in ("preset", "device", "versions", "config")}, "seeds": sorted({report["seed"] for report in reports}),
+            "minutes": sum(report["seconds"] for report in reports) / 60, "claims": claims, "arms": arms}
 
 
 def arm_in(report, arm):
@@ -338,23 +310,55 @@ def arm_in(report, arm):
             "updates": updates[arm] if arm in updates else config["warmup_updates"] + sum(line.get("updates", 0) for line in iterations)}
 
 
+def claims_of(name, arms, reports):
+    """The claims of an experiment: [(number, words, {effect: groups}, margin, luck)], what `verdict` needs. Each effect should be positive."""
+    rows = {}                                                      # (size, arm) -> the rows of its seeds
+    for arm in arms:
+        rows.setdefault((arm["size"], arm["arm"]), []).append(arm["row"])
+    luck = luck_of_runs([[row["id"]["all"] for row in rows[key]] for key in {(arm["size"], arm["arm"]): 0 for arm in arms if arm["responses"]}])
+
+    def gain(better, worse, size="medium"):
+        return list(zip(rows[size, better], rows[size, worse]))
+
+    claims = [(number, words, {f"{better} - {worse}": [differences(gain(better, worse), "test")] for better, worse in pairs}, margin, luck) for number, words, pairs, margin in CLAIMS.get(name, [])]
+    if name in ("table4", "table5"):
+        size, tasks = "large" if name == "table5" else "medium", np.array(reports[0]["tasks"].split())
+        pairs = gain("mstar", "+ warm-up", size)
+        parts = {task: [differences(pairs, "test")[:, tasks == task]] for task in TASKS} | {bed: [differences(pairs, bed)] for bed in TESTBEDS}
+        claims.append(("C10", f"M-STaR beats pi_0 in every task type and testbed ({size} policy)", parts, 0.0, None))
+    if name == "table5":
+        gains = {size: [differences(gain("mstar", "+ warm-up", size), bed) for bed in TESTBEDS] for size in ("small", "medium", "large")}
+        claims.append(("C10", "the smallest policy gains least out of domain", {f"{size} - small": [a - b for a, b in zip(gains[size], gains["small"])] for size in ("medium", "large")}, 0.0, None))
+    if name == "table2":                                           # and Figure 2, from the audits of the PRMs
+        of = {what: np.array([numbers_in(report["verifier"][what]) for report in reports]) for what in reports[0]["verifier"]}
+        fewer = {what: [np.nan_to_num(of[f"{what}_all"] - of[f"{what}_top_2"])] for what in ("false", "steps")}       # 0 where nothing is left out
+        claims += [("C5", "best-of-16 and weighted voting by the PRM do not beat majority voting (by more than a point)",
+                    {f"majority_voting - {way}": [of["majority_voting"] - of[way]] for way in ("best_of_n", "weighted_voting")}, 0.01, None),
+                   ("C5", "and yet it re-ranks well: fewer of the Top-2 than of all right responses hold a false step (share, per question)", {"all - Top-2": fewer["false"]}, 0.0, None),
+                   ("C6", "the Top-2 have fewer steps than all right responses (steps, per question)", {"all - Top-2": fewer["steps"]}, 0.0, None)]
+    if name == "dynamics":
+        claims += dynamics_claims([arm["iterations"] for arm in arms if arm["arm"] == "prm_watched"])
+    return claims
+
+
+def numbers_in(text):
+    """The numbers of each question as an array; "-" is nan."""
+    return np.array([float(v) if v != "-" else math.nan for v in text.split()])
+
+
 def dynamics_claims(runs):
-    """C8 of runs of one arm that was watched at every temperature: [(claim, words, groups)], effects between its first, middle and last look."""
-    def values(text):
-        return np.array([float(v) for v in text.split()])
+    """C8, of runs (lists of iterations) of one arm that was watched at every temperature: effects between its first, middle and last look."""
+    def look(lines):
+        return {"greedy": numbers_in(lines["by_question"]["greedy"]), "pass@k": 1.0 * (numbers_in(lines["by_question"]["right"]) > 0),
+                "Reward-Pass@2": numbers_in(lines["by_question"]["reward_pass_at_2"]), **{t: numbers_in(lines["sweep"]["any_right"][t]) for t in ("0.5", "1.5")}}
 
-    def look(place):
-        lines = [[line for line in lines if "sweep" in line][place(len([line for line in lines if "sweep" in line]))] for lines in runs]
-        n = [line["by_question"] for line in lines]
-        return {"greedy": np.array([values(q["greedy"]) for q in n]), "pass@k": np.array([values(q["right"]) > 0 for q in n]).astype(float),
-                "Reward-Pass@2": np.array([values(q["reward_pass_at_2"]) for q in n]),
-                **{t: np.array([values(line["sweep"]["any_right"][t]) for line in lines]) for t in ("0.5", "1.5")}}
-
-    first, middle, last = look(lambda n: 0), look(lambda n: n // 2), look(lambda n: n - 1)
-    return [("C8", "greedy accuracy rises", [last["greedy"] - first["greedy"]]), ("C8", "pass@k falls", [first["pass@k"] - last["pass@k"]]),
-            ("C8", "the gap between them shrinks", [first["pass@k"] - first["greedy"] - last["pass@k"] + last["greedy"]]),
-            ("C8", "Reward-Pass@2 saturates: its first half gains more than its second", [2 * middle["Reward-Pass@2"] - first["Reward-Pass@2"] - last["Reward-Pass@2"]]),
-            ("C8", "pass@k falls more slowly at T = 1.5 than at 0.5", [first["0.5"] - last["0.5"] - first["1.5"] + last["1.5"]])]
+    looks = [[look(line) for line in lines if "sweep" in line] for lines in runs]
+    first, middle, last = ({key: np.array([run[place(len(run))][key] for run in looks]) for key in looks[0][0]} for place in (lambda n: 0, lambda n: n // 2, lambda n: n - 1))
+    effects = {"greedy accuracy rises": last["greedy"] - first["greedy"], "pass@k falls": first["pass@k"] - last["pass@k"],
+               "the gap between them shrinks": first["pass@k"] - first["greedy"] - last["pass@k"] + last["greedy"],
+               "Reward-Pass@2 saturates: its first half gains more than its second": 2 * middle["Reward-Pass@2"] - first["Reward-Pass@2"] - last["Reward-Pass@2"],
+               "pass@k falls more slowly at T = 1.5 than at 0.5": first["0.5"] - last["0.5"] - first["1.5"] + last["1.5"]}
+    return [("C8", words, {"effect": [effect]}, 0.0, None) for words, effect in effects.items()]
 
 
 def format_experiment(result):
@@ -380,7 +384,7 @@ def format_experiment(result):
         unit, digits = (1, 2) if claim["claim"] == "C6" else (100, 1)
         effects = "; ".join(f"{words} {unit * effect:+.{digits}f} [{unit * low:+.{digits}f}, {unit * high:+.{digits}f}]" for words, (effect, low, high) in claim["effects"].items())
         said = claim["verdict"] + (", on one seed" if claim["seeds"] == 1 and claim["verdict"] != "unresolved" else "")
-        lines.append(f"| {claim['claim']}: {claim['words']} | {said} | {effects} (questions: {' to '.join(map(str, sorted(set(claim['questions']))))}) |")
+        lines.append(f"| {claim['claim']}: {claim['words']} | {said} | {effects} (questions: {' to '.join(map(str, claim['questions']))}) |")
     return "\n".join(lines)
 
 

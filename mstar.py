@@ -8,9 +8,11 @@ Paper (arXiv 2412.17451v3, "Diving into Self-Evolving Training for Multimodal Re
 Read:     Config -> main -> stage_base -> stage_warmup -> stage_prm -> self_evolve -> monitor   (top-down: in the order it runs)
 Departs:  the base model is trained here, from scratch, on a stated diet (stage_base); the paper starts from a pretrained LMM.
           The learning rate is larger (the paper: 1e-6 for 8B parameters) and rounds are counted in updates, not epochs.
+          Unlabeled questions replace half of the labeled ones instead of coming on top (questions_of).
           Pixels, words and questions come from data.py's world.
 Run:      python mstar.py [--preset cpu|gpu|test] [--seed N] [--out runs/NAME] [any field of Config]
           python mstar.py --resume runs/NAME
+          python mstar.py --experiment table1|table2|table3|table4|table5|dynamics [--seeds 3]
 """
 import argparse
 import copy
@@ -218,7 +220,7 @@ def experiment(cfg, preset, command):
 
 
 def run(cfg, preset, out, command):
-    """All stages of one run; returns its report. What `done` keeps is not computed again."""
+    """All stages of one run, with the arms that cfg names; returns its report. What `done` keeps is not computed again."""
     began, device = time.time(), cfg.device or available()[0]
     torch.manual_seed(cfg.seed)
     world, tokenizer = build_world(cfg.splits, cfg.world_seed), Tokenizer()
@@ -757,6 +759,8 @@ def begun_with(parser, folder, given):
     except (OSError, ValueError, KeyError) as error:
         words = {FileNotFoundError: "no run was begun there", KeyError: f"a run of another version, without {error}"}
         parser.error(f"--resume {folder}: {words.get(type(error), error)}")
+    if saved["experiment"]:
+        parser.error(f"--resume {folder}: it belongs to an experiment, which goes on by its own command: {about['command']}")
     if differ := [f"--{name} {value} (there: {saved[name]})" for name, value in given.items() if value != saved[name]]:
         parser.error(f"--resume {folder}: a run goes on as it was begun, without {', '.join(differ)}")
     return saved.pop("preset"), Config(**saved)

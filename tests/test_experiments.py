@@ -77,6 +77,9 @@ def test_an_experiment_goes_on_where_it_was_stopped(tmp_path, monkeypatch, capsy
         mstar.main([*flags, "--rollouts_per_question", "3"])
     error = capsys.readouterr().err
     assert stop.value.code == 2 and error.count("\n") == 1 and "--rollouts_per_question 2, not 3" in error
+    with pytest.raises(SystemExit) as stop:
+        mstar.main(["--resume", "mine/seed0"])
+    assert stop.value.code == 2 and f"its own command: python mstar.py {' '.join(flags)}" in capsys.readouterr().err
 
 
 def test_claims_on_dynamics_measure_what_they_say():
@@ -85,5 +88,6 @@ def test_claims_on_dynamics_measure_what_they_say():
         return {"by_question": {"greedy": greedy, "right": right, "reward_pass_at_2": reward}, "sweep": {"any_right": {"0.5": low, "1.5": high}}}
     lines = [look("0 0 1 0", "1 4 2 3", "0 0 0.5 0", "1 1 1 1", "1 1 1 1"), {"iteration": 1}, look("0 1 1 0", "0 4 2 3", "1 0 0.5 1", "1 0 1 1", "1 1 1 1"), {"iteration": 3},
              look("1 1 1 0", "0 9 2 3", "1 0.5 0.5 1", "0 0 1 1", "1 0 1 1")]
-    effects = {words: groups[0].mean() for _, words, groups in dynamics_claims([lines, copy.deepcopy(lines)])}
-    assert list(effects.values()) == [0.5, 0.25, 0.75, 0.5 - 0.125, 0.25] and all(groups[0].shape == (2, 4) for *_, groups in dynamics_claims([lines, lines]))
+    claims = dynamics_claims([lines, copy.deepcopy(lines)])
+    effects = {words: groups[0].mean() for _, words, parts, *_ in claims for groups in parts.values()}
+    assert list(effects.values()) == [0.5, 0.25, 0.75, 0.5 - 0.125, 0.25] and all(parts["effect"][0].shape == (2, 4) for _, _, parts, *_ in claims)

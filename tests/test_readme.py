@@ -1,12 +1,16 @@
-"""README.md shows what the runs in results/ measured, and nothing else."""
+"""README.md and RESULTS.md show what the runs in results/ measured, and nothing else."""
 import json
 import re
 from pathlib import Path
 from statistics import mean
 
+import pytest
+
 from data import TASKS, TESTBEDS
+from evaluate import format_experiment
 
 ROOT = Path(__file__).parent.parent
+EXPERIMENTS = {path.stem: json.loads(path.read_text()) for path in sorted((ROOT / "results").glob("cpu-*.json")) if path.stem.startswith(("cpu-table", "cpu-dynamics"))}
 REPORTS = [json.loads(path.read_text()) for path in sorted((ROOT / "results").glob("cpu-mstar-seed?.json"))]
 
 
@@ -21,8 +25,23 @@ def test_the_result_table_is_the_mean_of_the_committed_runs():
     for i, row in enumerate(REPORTS[0]["rows"]):
         columns = zip(*(figures(report["rows"][i]) for report in REPORTS))
         assert rows[row["name"]].split(" | ") == [f"{100 * mean(column):.1f}" for column in columns], row["name"]
+    def points(gain):
+        return f"{100 * gain[0]:+.1f} [{100 * gain[1]:+.1f}, {100 * gain[2]:+.1f}]"
+
+    comparison, results = json.loads((ROOT / "results" / "cpu-comparison.json").read_text()), (ROOT / "RESULTS.md").read_text()
+    for name in ("+ warm-up", "continuous", "+ PRM re-rank", "SFT (direct answers)"):
+        gain = comparison["gain_in_all_runs"][f"M-STaR - {name}"]
+        assert f"| M-STaR over {name}, {len(REPORTS)} seeds | {points(gain['id'])} | {points(gain['ood'])} |" in text
     for report in REPORTS:
         for name in set(report["gain_over"]) - {"base", "SFT (direct answers)"}:
-            gains = [f"{100 * gain:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]" for gain, low, high in (report["gain_over"][name][part] for part in ("id", "ood"))]
-            assert f"| M-STaR over {name}, seed {report['seed']} | {gains[0]} | {gains[1]} |" in text
+            gain = report["gain_over"][name]
+            assert f"| M-STaR over {name}, seed {report['seed']} | {points(gain['id'])} | {points(gain['ood'])} |" in results
         assert f"{report['seconds'] / 60:.1f} minutes" in text
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_tables_and_verdicts_are_those_of_the_committed_experiments(name):
+    lines = format_experiment(EXPERIMENTS[name]).splitlines()
+    results, text = ((ROOT / file).read_text().splitlines() for file in ("RESULTS.md", "README.md"))
+    assert not [line for line in lines if line not in results]
+    assert not [line for line in lines[lines.index(next(line for line in lines if line.startswith("| claim | verdict"))) + 2:] if line not in text]
