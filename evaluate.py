@@ -256,7 +256,7 @@ def share(part, whole):
 
 # ---------------------------------------------------------------- the paper's tables and claims
 
-TABLES = {      # of each experiment the rows: arm -> words, the paper's ID and OOD accuracy (its MiniCPM-V-2.5; Table 5: averages of its three models)
+TABLES = {      # of each experiment the rows: arm -> words, the paper's ID and OOD accuracy (its MiniCPM-V-2.5), in Table 4 also by task; Table 5: averages of its three models
     "table1": {"+ warm-up": ("+ warm-up", 38.8, 52.6), "sft": ("SFT", 44.3, 54.8), "iterative_rft": ("Iterative RFT, 100 %", 42.3, 55.7), "rest_em": ("ReST-EM, 100 %", 42.3, 55.1),
                "continuous_100": ("Continuous, 100 %", 42.2, 56.7), "continuous_50": ("Continuous, 50 %", 43.1, 56.2), "continuous": ("Continuous, 25 %", 43.1, 57.2),
                "continuous_12.5": ("Continuous, 12.5 %", 42.3, 56.1), "continuous_6.25": ("Continuous, 6.25 %", 41.0, 56.8)},
@@ -265,8 +265,10 @@ TABLES = {      # of each experiment the rows: arm -> words, the paper's ID and 
     "table3": {"continuous": ("labeled only, no PRM", 43.1, 57.2), "prm": ("labeled only, PRM", 45.3, 59.2), "oracle": ("oracle, no PRM, from 0 %", 42.5, 58.2),
                "oracle_prm": ("oracle, PRM, from 0 %", 42.9, 59.1), "vote_0": ("voted, PRM, from 0 %", 43.3, 58.2), "vote_25": ("voted, PRM, from 25 %", 42.4, 57.6),
                "vote_50": ("voted, PRM, from 50 %", 42.9, 58.2), "vote_75": ("voted, PRM, from 75 %", 45.0, 58.8)},
-    "table4": {"base": ("base", 13.6, 52.4), "+ warm-up": ("+ warm-up", 38.8, 52.6), "sft": ("SFT", 44.3, 54.8), "rest_em": ("ReST-EM", 42.3, 55.1), "iterative_rft": ("Iterative RFT", 42.3, 55.7),
-               "continuous": ("Continuous", 43.1, 57.2), "prm": ("+ PRM re-rank", 45.3, 59.2), "mstar_pass_at_k": ("M-STaR, T by Pass@K", 42.8, 58.0), "mstar": ("M-STaR, T by Reward-Pass@2", 45.9, 59.5)},
+    "table4": {"base": ("base", 13.6, 52.4, 59.2, 44.7, 50.5, 53.8, 48.0), "+ warm-up": ("+ warm-up", 38.8, 52.6, 58.4, 47.1, 57.0, 53.8, 45.8), "sft": ("SFT", 44.3, 54.8, 58.7, 50.5, 56.5, 55.7, 50.8),
+               "rest_em": ("ReST-EM", 42.3, 55.1, 59.1, 49.5, 65.6, 55.1, 48.0), "iterative_rft": ("Iterative RFT", 42.3, 55.7, 59.1, 49.5, 64.5, 55.1, 47.5),
+               "continuous": ("Continuous", 43.1, 57.2, 57.6, 56.3, 65.1, 57.0, 49.7), "prm": ("+ PRM re-rank", 45.3, 59.2, 59.1, 61.1, 68.3, 55.1, 51.4),
+               "mstar_pass_at_k": ("M-STaR, T by Pass@K", 42.8, 58.0, "-", "-", "-", "-", "-"), "mstar": ("M-STaR, T by Reward-Pass@2", 45.9, 59.5, 59.5, 59.1, 65.6, 58.9, 54.2)},
     "table5": {"base": ("base", {"small": 26.2, "medium": 46.5, "large": 55.0}), "+ warm-up": ("+ warm-up", {"small": 52.8, "medium": 55.3, "large": 57.7}),
                "mstar": ("M-STaR", {"small": 53.3, "medium": 59.2, "large": 61.6})},
     "dynamics": {"prm_watched": ("+ PRM re-rank, T = 1", 45.3, 59.2), "mstar_watched": ("M-STaR", 45.9, 59.5)},
@@ -367,7 +369,8 @@ def format_experiment(result):
     for arm in result["arms"]:
         groups.setdefault((arm["size"], arm["arm"]), []).append(arm)
     columns = {"table4": ("ID", *TASKS, "OOD"), "table5": (*TESTBEDS, "OOD")}.get(name, ("ID", "OOD"))
-    lines = [f"| {name}, % | " + " | ".join(columns) + " | paper, " + ("average" if name == "table5" else "ID | paper, OOD") + " | responses | updates |", "|---" * (len(columns) + 4 + (name != "table5")) + "|"]
+    theirs = ["average"] if name == "table5" else ["ID", "OOD", *TASKS][:len(result["arms"][0]["paper"])]
+    lines = ["| " + " | ".join([f"{name}, %", *columns, *(f"paper: {column}" for column in theirs), "responses", "updates"]) + " |", "|---" * (3 + len(columns) + len(theirs)) + "|"]
     for (size, _), arms in groups.items():
         row = {column: f"{100 * np.mean([{'ID': a['row']['id']['all'], 'OOD': a['row']['ood']['all'], **a['row']['id'], **{bed: a['row']['ood'][bed] for bed in TESTBEDS}}[column] for a in arms]):.1f}" for column in columns}
         lines.append(f"| {size + ': ' if name == 'table5' else ''}{arms[0]['words']} | " + " | ".join([*row.values(), *map(str, arms[0]["paper"]), f"{arms[0]['responses']:,}", f"{arms[0]['updates']:,}"]) + " |")
