@@ -241,8 +241,8 @@ class Policy(nn.Module):
         return angle.cos(), angle.sin()
 
     def forward(self, images, ids):
-        """The network as the paper's models are read: images (B, size, size, 3) uint8 and text ids (B, T) as one causal sequence ->
-        (B, T, V) logits of what follows each token. Training and sampling compute the same with less work, by `hidden`."""
+        """One causal sequence, image tokens first: images (B, size, size, 3) uint8, text ids (B, T) -> (B, T, V) logits of what
+        follows each token. The plain way, and the reference: training and sampling find the same with less work, by `hidden`."""
         x = torch.cat([self.vision(images), self.embed(ids)], dim=1)                 # (B, I+T, C)
         (cos, sin), seen = self.rope(torch.arange(x.shape[1], device=x.device)[None]), causal(x.shape[1], x.device)
         for block in self.blocks:
@@ -522,7 +522,7 @@ def collate(examples):
 
 def batches(examples, batch_size, rng, together=1):
     """Endless batches (lists of Example), every example once per pass. Up to `together` examples of one image are neighbours, so
-    that the image is read once for them; such groups are sorted by length within windows of two batches: less padding, and a
+    that image and prompt are read once for them; such groups are sorted by length within windows of two batches: less padding, and a
     batch still mixes task types. (Longer windows would pad less, but fill a batch with one task type; not measured.)"""
     of_image = defaultdict(list)
     for i, example in enumerate(examples):
