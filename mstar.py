@@ -901,7 +901,7 @@ def make_report(command, cfg, preset, device, rows, iterations, prm_metrics, aud
     mine = next((row for row in rows if row["name"] == ROWS.get(cfg.method, cfg.method)), None)
     return {"command": command, "preset": preset, "method": cfg.method, "seed": cfg.seed,
             "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
-            "device": torch.cuda.get_device_name() if device == "cuda" else f"{device}, {platform.machine()}, {WORKERS} workers",
+            "device": torch.cuda.get_device_name() if device == "cuda" else f"{device}, {platform.machine()}, {WORKERS} worker{'s' * (WORKERS > 1)}",
             "seconds": round(sum(seconds.values()), 1), "stages": {name: round(s, 1) for name, s in seconds.items()}, "config": asdict(cfg), "rows": rows, "iterations": iterations, "prm": prm_metrics,
             "verifier": audited and audited["by_question"], "names": ROWS, "tasks": tasks,
             "controls": {"most_frequent_answer": most_frequent},
