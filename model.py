@@ -786,7 +786,7 @@ def sample_plainly(policy, prompts, temperature, uniforms, end_token, cached=Tru
     forced, temperature = torch.full((R,), -1, device=device), torch.full((R,), temperature, device=device)
     images, ids, uniforms = torch.stack([prompt.image for prompt in prompts]).to(device), [list(prompt.ids) for prompt in prompts], uniforms.to(device)
     with torch.inference_mode(), policy.precision():
-        logits, start, prefix = _prefill(policy, prompts)
+        logits, start, prefix = _prefill(policy, [Prompt(prompt.image.clone(), prompt.ids) for prompt in prompts])         # equal ones would be read once
         suffix = [tuple(part.new_empty(R, part.shape[1], T, part.shape[3]) for part in layer) for layer in prefix]
         ended = torch.zeros(R, dtype=torch.bool, device=device)
         for t in range(T):

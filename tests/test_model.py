@@ -161,7 +161,11 @@ def test_the_plain_sampler_of_the_benchmark_gives_the_same_responses(policy, pro
     end = Counter(token for (r,) in sample(policy, prompts, 1, 1.0, 20, 5, -1) for token in r.tokens).most_common(1)[0][0]
     expected = [group[0].tokens for group in sample(policy, prompts, 1, 1.0, 20, 5, end)]
     uniforms = torch.rand(len(prompts), 1, 20, generator=torch.Generator().manual_seed(5))
-    assert sample_plainly(policy, prompts, 1.0, uniforms[:, 0], end, cached) == expected
+    with Products() as products:
+        assert sample_plainly(policy, prompts, 1.0, uniforms[:, 0], end, cached) == expected
+    with Products() as twice:
+        sample_plainly(policy, prompts * 2, 1.0, uniforms[:, 0].repeat(2, 1), end, cached)
+    assert sum(a.numel() * b[-1] for a, b in twice.shapes) == 2 * sum(a.numel() * b[-1] for a, b in products.shapes)      # nothing is shared
     assert len({len(tokens) for tokens in expected}) > 2
 
 
