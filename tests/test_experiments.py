@@ -7,7 +7,8 @@ import pytest
 import mstar
 from evaluate import CLAIMS, TABLES, dynamics_claims, format_experiment
 
-FLAGS = ["--preset", "test", "--validation", "6", "--test", "10", "--testbed", "3", "--prm_questions", "6", "--base_images", "30", "--labeled", "16", "--passes", "1", "--threshold", "0"]
+FLAGS = ["--preset", "test", "--validation", "6", "--test", "10", "--testbed", "3", "--prm_questions", "6", "--base_images", "30", "--labeled", "16", "--passes", "1", "--threshold", "0",
+         "--max_new_tokens", "8"]
 
 
 @pytest.fixture(scope="module")
