@@ -13,8 +13,11 @@ FLAGS = ["--preset", "test", "--validation", "6", "--test", "10", "--testbed", "
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
-    """All experiments in one folder, with grades by the length of a text, so that the untrained policies have right responses to train on."""
+    """All experiments in one folder, with grades by the length of a text, so that the untrained policies have right responses to train
+    on, and with sweeps that always choose T = 0.5."""
     with pytest.MonkeyPatch.context() as patch:
+        choose = mstar.choose_temperature
+        patch.setattr(mstar, "choose_temperature", lambda values, current: choose(values, current) | {"chosen": 0.5})
         patch.chdir(tmp_path_factory.mktemp("experiments"))
         patch.setattr(mstar, "grade", lambda text, gold: "right" if len(text) % 7 else "wrong")
         found = {name: mstar.main(["--experiment", name, *FLAGS]) for name in TABLES}
@@ -53,6 +56,8 @@ def test_arms_differ_in_their_switches_only(results):
     assert len({tuple(round(arm["iterations"][0][key], 6) for key in ("greedy_accuracy", "pass_at_1", "entropy")) for arm in arms.values() if arm["iterations"]}) == 1      # pi_0
     assert arms["prm_watched"]["row"]["graded"] == arms["prm"]["row"]["graded"] and arms["mstar_watched"]["row"]["graded"] == arms["mstar"]["row"]["graded"]
     assert [line["loss"] for line in arms["prm_watched"]["iterations"][1:]] == [line["loss"] for line in arms["prm"]["iterations"][1:]]
+    assert {line["temperature"] for line in arms["prm_watched"]["iterations"]} == {1.0} and [line["temperature"] for line in arms["mstar"]["iterations"]] == [1.0, 0.5, 0.5, 0.5, 0.5]
+    assert all(line["sweep"]["chosen"] == 1.0 for line in arms["prm_watched"]["iterations"] if "sweep" in line)
     assert [line["unlabeled"] for line in arms["vote_50"]["iterations"][1:]] == [0, 0, 2, 2] and [line["unlabeled"] for line in arms["oracle"]["iterations"][1:]] == [2, 2, 2, 2]
     assert [line["kept"] for line in arms["top_1"]["iterations"][1:]] != [line["kept"] for line in arms["top_4"]["iterations"][1:]]
     assert [arms[f"continuous_{n}"]["iterations"][-1]["iteration"] for n in ("100", "50", "12.5", "6.25")] == [1, 2, 8, 16]
