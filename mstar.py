@@ -264,7 +264,8 @@ def run(cfg, preset, out, command):
         shutil.rmtree(done.folder / arm, ignore_errors=True)       # its last weights
         rows, iterations = [*rows, result["row"]], iterations + result["iterations"]
     most_frequent, tasks = most_frequent_answer(world["labeled"], world["test"]), " ".join(question.task for question in world["test"])
-    return make_report(load_tensors(out / "config.json")[1]["command"], cfg, preset, device, rows, iterations, prm_metrics, audited, tasks, most_frequent, done.seconds)
+    seconds = {name: s for name, s in done.seconds.items() if name not in METHODS or name in arms}         # not those of other tables' arms
+    return make_report(load_tensors(out / "config.json")[1]["command"], cfg, preset, device, rows, iterations, prm_metrics, audited, tasks, most_frequent, seconds)
 
 
 # ---------------------------------------------------------------- stage 1: base
