@@ -722,7 +722,7 @@ def parse(argv):
     else:
         preset = given.pop("preset", "gpu" if torch.cuda.is_available() else "cpu")
         if "experiment" in given and (clash := given.keys() & {"arms", "method", "minutes", "seed", *CONTINUOUS, "keep_top", "adapt_by", "unlabeled", "mix_in", "watch_every"}):
-            parser.error(f"--experiment {given['experiment']}: its arms set --{sorted(clash)[0]}; leave it out")
+            parser.error(f"--experiment {given['experiment']}: it sets --{sorted(clash)[0]} itself; leave it out")
         given["arms"] = given.get("arms") or ",".join(arm for arm in TABLES.get(given.get("experiment"), {}) if arm in METHODS) or given.get("method") or COMPARED
         given.setdefault("method", "" if "experiment" in given else given["arms"].split(",")[-1])
         cfg = Config(**{**PRESETS[preset], **METHODS.get(given["method"], {}), **given})
@@ -770,7 +770,11 @@ def begun_with(parser, folder, given):
 def same_as_before(cfg, out):
     """The Config, if what is kept in the folder of an experiment was made with its values. Exits 2 and names the difference if not."""
     if (out / "config.json").exists():
-        before = load_tensors(out / "config.json")[1]
+        try:
+            before = load_tensors(out / "config.json")[1]
+        except ValueError as error:
+            print(f"mstar.py: {error}; give the experiment another --out", file=sys.stderr)
+            sys.exit(2)
         for name, value in asdict(cfg).items():
             if name not in ("experiment", "seeds", "arms", "method", "out") and before.get(name) != value:
                 print(f"mstar.py: {out}: was begun with --{name} {before.get(name)}, not {value}; give the experiment another --out", file=sys.stderr)

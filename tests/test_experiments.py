@@ -85,6 +85,10 @@ def test_an_experiment_goes_on_where_it_was_stopped(tmp_path, monkeypatch, capsy
     assert stop.value.code == 2 and error.count("\n") == 1 and "--rollouts_per_question 2, not 3" in error
     with pytest.raises(SystemExit) as stop:
         mstar.main(["--resume", "mine/seed0"])
+    (tmp_path / "mine" / "seed0" / "config.json").write_text("{}")
+    with pytest.raises(SystemExit) as damaged:
+        mstar.main(flags)
+    assert damaged.value.code == 2
     assert stop.value.code == 2 and f"its own command: python mstar.py {' '.join(flags)}" in capsys.readouterr().err
 
 
