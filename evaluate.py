@@ -34,6 +34,7 @@ from model import Prompt, load_policy, load_tensors, sample, write_json, write_w
 
 MISSHAPEN = (KeyError, TypeError, AttributeError, StopIteration, RecursionError)       # what JSON of another shape than ours leads to
 COLUMNS = ("ID", *TASKS, *TESTBEDS, "OOD")
+WATCHED = ("0.5", "1.0", "1.5")                                    # temperatures at which the dynamics are shown
 
 
 # ---------------------------------------------------------------- a policy's row in the result table
@@ -225,9 +226,13 @@ def format_table(rows):
     width = max(len(row["name"]) for row in rows)
     lines = [" " * width + "".join(f"{column:>9}" for column in COLUMNS)]
     for row in rows:
-        values = [row["id"]["all"], *(row["id"][task] for task in TASKS), *(row["ood"][bed] for bed in TESTBEDS), row["ood"]["all"]]
-        lines.append(f"{row['name']:<{width}}" + "".join(f"{100 * value:>9.1f}" for value in values))
+        lines.append(f"{row['name']:<{width}}" + "".join(f"{100 * value:>9.1f}" for value in figures(row).values()))
     return "\n".join(lines)
+
+
+def figures(row):
+    """{column: value} of a row of the result table, or of its intervals (row["ci95"])."""
+    return dict(zip(COLUMNS, (row["id"]["all"], *(row["id"][task] for task in TASKS), *(row["ood"][bed] for bed in TESTBEDS), row["ood"]["all"])))
 
 
 def print_report(report):
@@ -256,51 +261,96 @@ def share(part, whole):
 
 # ---------------------------------------------------------------- the paper's tables and claims
 
-TABLES = {      # of each experiment the rows: arm -> words, the paper's ID and OOD accuracy (its MiniCPM-V-2.5), in Table 4 also by task; Table 5: averages of its three models
-    "table1": {"+ warm-up": ("+ warm-up", 38.8, 52.6), "sft": ("SFT", 44.3, 54.8), "iterative_rft": ("Iterative RFT, 100 %", 42.3, 55.7), "rest_em": ("ReST-EM, 100 %", 42.3, 55.1),
-               "continuous_100": ("Continuous, 100 %", 42.2, 56.7), "continuous_50": ("Continuous, 50 %", 43.1, 56.2), "continuous": ("Continuous, 25 %", 43.1, 57.2),
-               "continuous_12.5": ("Continuous, 12.5 %", 42.3, 56.1), "continuous_6.25": ("Continuous, 6.25 %", 41.0, 56.8)},
-    "table2": {"continuous": ("all correct, no PRM", 43.1, 57.2), "random_2": ("Random-2, no PRM", 41.0, 55.5), "threshold": ("score > alpha", 43.8, 57.5),
-               "top_1": ("Top-1", 43.0, 59.0), "prm": ("Top-2", 45.3, 59.2), "top_4": ("Top-4", 44.0, 58.4)},
-    "table3": {"continuous": ("labeled only, no PRM", 43.1, 57.2), "prm": ("labeled only, PRM", 45.3, 59.2), "oracle": ("oracle, no PRM, from 0 %", 42.5, 58.2),
-               "oracle_prm": ("oracle, PRM, from 0 %", 42.9, 59.1), "vote_0": ("voted, PRM, from 0 %", 43.3, 58.2), "vote_25": ("voted, PRM, from 25 %", 42.4, 57.6),
-               "vote_50": ("voted, PRM, from 50 %", 42.9, 58.2), "vote_75": ("voted, PRM, from 75 %", 45.0, 58.8)},
-    "table4": {"base": ("base", 13.6, 52.4, 59.2, 44.7, 50.5, 53.8, 48.0), "+ warm-up": ("+ warm-up", 38.8, 52.6, 58.4, 47.1, 57.0, 53.8, 45.8), "sft": ("SFT", 44.3, 54.8, 58.7, 50.5, 56.5, 55.7, 50.8),
-               "rest_em": ("ReST-EM", 42.3, 55.1, 59.1, 49.5, 65.6, 55.1, 48.0), "iterative_rft": ("Iterative RFT", 42.3, 55.7, 59.1, 49.5, 64.5, 55.1, 47.5),
-               "continuous": ("Continuous", 43.1, 57.2, 57.6, 56.3, 65.1, 57.0, 49.7), "prm": ("+ PRM re-rank", 45.3, 59.2, 59.1, 61.1, 68.3, 55.1, 51.4),
-               "mstar_pass_at_k": ("M-STaR, T by Pass@K", 42.8, 58.0, "-", "-", "-", "-", "-"), "mstar": ("M-STaR, T by Reward-Pass@2", 45.9, 59.5, 59.5, 59.1, 65.6, 58.9, 54.2)},
-    "table5": {"base": ("base", {"small": 26.2, "medium": 46.5, "large": 55.0}), "+ warm-up": ("+ warm-up", {"small": 52.8, "medium": 55.3, "large": 57.7}),
-               "mstar": ("M-STaR", {"small": 53.3, "medium": 59.2, "large": 61.6})},
-    "dynamics": {"prm_watched": ("+ PRM re-rank, T = 1", 45.3, 59.2), "mstar_watched": ("M-STaR", 45.9, 59.5)},
+# Of each experiment the rows: arm -> (words, the paper's ID and OOD accuracy with MiniCPM-V-2.5, in Table 4 also by task). Table 5: the
+# out-of-domain accuracy by size, the mean of the paper's testbeds.
+TABLES = {
+    "table1": {
+        "+ warm-up": ("+ warm-up", 38.8, 52.6),
+        "sft": ("SFT", 44.3, 54.8),
+        "iterative_rft": ("Iterative RFT, 100 %", 42.3, 55.7),
+        "rest_em": ("ReST-EM, 100 %", 42.3, 55.1),
+        "continuous_100": ("Continuous, 100 %", 42.2, 56.7),
+        "continuous_50": ("Continuous, 50 %", 43.1, 56.2),
+        "continuous": ("Continuous, 25 %", 43.1, 57.2),
+        "continuous_12.5": ("Continuous, 12.5 %", 42.3, 56.1),
+        "continuous_6.25": ("Continuous, 6.25 %", 41.0, 56.8)},
+    "table2": {
+        "continuous": ("all correct, no PRM", 43.1, 57.2),
+        "random_2": ("Random-2, no PRM", 41.0, 55.5),
+        "threshold": ("score > alpha", 43.8, 57.5),
+        "top_1": ("Top-1", 43.0, 59.0),
+        "prm": ("Top-2", 45.3, 59.2),
+        "top_4": ("Top-4", 44.0, 58.4)},
+    "table3": {
+        "continuous": ("labeled only, no PRM", 43.1, 57.2),
+        "prm": ("labeled only, PRM", 45.3, 59.2),
+        "oracle": ("oracle, no PRM, from 0 %", 42.5, 58.2),
+        "oracle_prm": ("oracle, PRM, from 0 %", 42.9, 59.1),
+        "vote_0": ("voted, PRM, from 0 %", 43.3, 58.2),
+        "vote_25": ("voted, PRM, from 25 %", 42.4, 57.6),
+        "vote_50": ("voted, PRM, from 50 %", 42.9, 58.2),
+        "vote_75": ("voted, PRM, from 75 %", 45.0, 58.8)},
+    "table4": {
+        "base": ("base", 13.6, 52.4, 59.2, 44.7, 50.5, 53.8, 48.0),
+        "+ warm-up": ("+ warm-up", 38.8, 52.6, 58.4, 47.1, 57.0, 53.8, 45.8),
+        "sft": ("SFT", 44.3, 54.8, 58.7, 50.5, 56.5, 55.7, 50.8),
+        "rest_em": ("ReST-EM", 42.3, 55.1, 59.1, 49.5, 65.6, 55.1, 48.0),
+        "iterative_rft": ("Iterative RFT", 42.3, 55.7, 59.1, 49.5, 64.5, 55.1, 47.5),
+        "continuous": ("Continuous", 43.1, 57.2, 57.6, 56.3, 65.1, 57.0, 49.7),
+        "prm": ("+ PRM re-rank", 45.3, 59.2, 59.1, 61.1, 68.3, 55.1, 51.4),
+        "mstar_pass_at_k": ("M-STaR, T by Pass@K", 42.8, 58.0, "-", "-", "-", "-", "-"),
+        "mstar": ("M-STaR, T by Reward-Pass@2", 45.9, 59.5, 59.5, 59.1, 65.6, 58.9, 54.2)},
+    "table5": {
+        "base": ("base", {"small": 26.2, "medium": 46.5, "large": 55.0}),
+        "+ warm-up": ("+ warm-up", {"small": 52.8, "medium": 55.3, "large": 57.7}),
+        "mstar": ("M-STaR", {"small": 53.3, "medium": 59.2, "large": 61.6})},
+    "dynamics": {
+        "prm_watched": ("+ PRM re-rank, T = 1", 45.3, 59.2),
+        "mstar_watched": ("M-STaR", 45.9, 59.5)},
 }
-CLAIMS = {      # of each experiment: (number in the paper's list of findings, words, pairs of arms of which the first should be better, by how much less it may be)
-    "table1": [("C1", "going on from the last weights beats restarting from pi_0", [("iterative_rft", "rest_em"), ("continuous_100", "rest_em")], 0.0),
-               ("C2", "keeping optimizer and schedule beats resetting them", [("continuous_100", "iterative_rft")], 0.0),
-               ("C3", "an interval of 25 % beats 100 %", [("continuous", "continuous_100")], 0.0), ("C3", "6.25 % is too small", [("continuous", "continuous_6.25")], 0.0)],
-    "table2": [("C4", "Top-2 beats all correct and Random-2", [("prm", "continuous"), ("prm", "random_2")], 0.0),
-               ("C4", "Top-2 beats Top-1, Top-4 and a threshold", [("prm", "top_1"), ("prm", "top_4"), ("prm", "threshold")], 0.0)],
-    "table3": [("C7", "unlabeled questions with voted answers do not help (by more than a point)", [("prm", f"vote_{percent}") for percent in (0, 25, 50, 75)], 0.01),
-               ("C7", "with true answers they are worth more than with voted ones", [("oracle_prm", "vote_0")], 0.0)],
-    "table4": [("C1 to C3", "continuous self-evolving at 25 % beats Iterative RFT and ReST-EM", [("continuous", "iterative_rft"), ("continuous", "rest_em")], 0.0),
-               ("C4", "Top-2 beats all correct", [("prm", "continuous")], 0.0), ("C9", "T by Reward-Pass@2 beats T = 1", [("mstar", "prm")], 0.0), ("C9", "T by Reward-Pass@2 beats T by Pass@K", [("mstar", "mstar_pass_at_k")], 0.0),
-               ("C4, C9", "M-STaR beats continuous self-evolving", [("mstar", "continuous")], 0.0)],
+# Of each experiment the claims: (number in the paper's list of findings, words, pairs of arms of which the first should be better, by how
+# much less it may be). `claims_of` adds those that are not about two arms.
+CLAIMS = {
+    "table1": [
+        ("C1", "going on from the last weights beats restarting from pi_0", [("iterative_rft", "rest_em"), ("continuous_100", "rest_em")], 0.0),
+        ("C2", "keeping optimizer and schedule beats resetting them", [("continuous_100", "iterative_rft")], 0.0),
+        ("C3", "an interval of 25 % beats 100 %", [("continuous", "continuous_100")], 0.0),
+        ("C3", "6.25 % is too small", [("continuous", "continuous_6.25")], 0.0)],
+    "table2": [
+        ("C4", "Top-2 beats all correct and Random-2", [("prm", "continuous"), ("prm", "random_2")], 0.0),
+        ("C4", "Top-2 beats Top-1, Top-4 and a threshold", [("prm", "top_1"), ("prm", "top_4"), ("prm", "threshold")], 0.0)],
+    "table3": [
+        ("C7", "unlabeled questions with voted answers do not help (by more than a point)", [("prm", f"vote_{n}") for n in (0, 25, 50, 75)], 0.01),
+        ("C7", "with true answers they are worth more than with voted ones", [("oracle_prm", "vote_0")], 0.0)],
+    "table4": [
+        ("C1 to C3", "continuous self-evolving at 25 % beats Iterative RFT and ReST-EM", [("continuous", "iterative_rft"), ("continuous", "rest_em")], 0.0),
+        ("C4", "Top-2 beats all correct", [("prm", "continuous")], 0.0),
+        ("C9", "T by Reward-Pass@2 beats T = 1", [("mstar", "prm")], 0.0),
+        ("C9", "T by Reward-Pass@2 beats T by Pass@K", [("mstar", "mstar_pass_at_k")], 0.0),
+        ("C4, C9", "M-STaR beats continuous self-evolving", [("mstar", "continuous")], 0.0)],
 }
 
 
 def make_experiment(name, reports, command):
     """Everything that a table of the paper, and the verdicts on its claims, are made from. reports: mstar's, one per size and seed, each
     with the arms of the table. Returns a dictionary of plain numbers and texts."""
-    arms = [arm_in(report, arm) | {"arm": arm, "words": words, "paper": [numbers[0][report["size"]]] if name == "table5" else list(numbers), "size": report["size"], "seed": report["seed"]}
-            for report in reports for arm, (words, *numbers) in TABLES[name].items()]
+    arms = []
+    for report in reports:
+        for arm, (words, *paper) in TABLES[name].items():
+            paper = [paper[0][report["size"]]] if name == "table5" else paper
+            arms.append({**arm_in(report, arm), "arm": arm, "words": words, "paper": paper, "size": report["size"], "seed": report["seed"]})
     claims = []
     for number, words, effects, margin, luck in claims_of(name, arms, reports):
         said, found = verdict(list(effects.values()), margin, luck)
         questions = [sum(group.shape[1] for group in groups) for groups in effects.values()]
-        claims.append({"claim": number, "words": words, "verdict": said, "seeds": len(next(iter(effects.values()))[0]), "questions": sorted({min(questions), max(questions)}),
-                       "margin": margin, "luck": luck, "effects": {effect: list(numbers) for effect, numbers in zip(effects, found)}})
-    for arm in arms:                                               # of each question only what a figure needs
-        arm["iterations"] = [{key: value for key, value in line.items() if name == "dynamics" or key not in ("by_question", "sweep")} for line in arm["iterations"]]
-    return {"experiment": name, "command": command, **{key: reports[0][key] for key in ("preset", "device", "versions", "config")}, "seeds": sorted({report["seed"] for report in reports}),
+        claims.append({"claim": number, "words": words, "verdict": said, "seeds": len(next(iter(effects.values()))[0]),
+                       "questions": sorted({min(questions), max(questions)}), "margin": margin, "luck": luck,
+                       "effects": {effect: list(numbers) for effect, numbers in zip(effects, found)}})
+    if name != "dynamics":                                         # no figure needs the single questions
+        for arm in arms:
+            arm["iterations"] = [{key: value for key, value in line.items() if key not in ("by_question", "sweep")} for line in arm["iterations"]]
+    about = {key: reports[0][key] for key in ("preset", "device", "versions", "config")}
+    return {"experiment": name, "command": command, **about, "seeds": sorted({report["seed"] for report in reports}),
             "minutes": sum(report["seconds"] for report in reports) / 60, "claims": claims, "arms": arms}
 
 
@@ -309,8 +359,8 @@ def arm_in(report, arm):
     row = next(row for row in report["rows"] if row["name"] in (arm, report["names"].get(arm)))
     iterations, config = [line for line in report["iterations"] if line["arm"] == arm], report["config"]
     updates = {"base": 0, "+ warm-up": config["warmup_updates"], "sft": config["warmup_updates"] + config["evolve_updates"]}
-    return {"row": row, "iterations": iterations, "responses": sum(line.get("responses", 0) for line in iterations),
-            "updates": updates[arm] if arm in updates else config["warmup_updates"] + sum(line.get("updates", 0) for line in iterations)}
+    evolved = config["warmup_updates"] + sum(line.get("updates", 0) for line in iterations)
+    return {"row": row, "iterations": iterations, "responses": sum(line.get("responses", 0) for line in iterations), "updates": updates.get(arm, evolved)}
 
 
 def claims_of(name, arms, reports):
@@ -318,27 +368,32 @@ def claims_of(name, arms, reports):
     rows = {}                                                      # (size, arm) -> the rows of its seeds
     for arm in arms:
         rows.setdefault((arm["size"], arm["arm"]), []).append(arm["row"])
-    luck = luck_of_runs([[row["id"]["all"] for row in rows[key]] for key in {(arm["size"], arm["arm"]): 0 for arm in arms if arm["responses"]}])
+    evolved = {(arm["size"], arm["arm"]): 0 for arm in arms if arm["responses"]}         # each once, in order
+    luck = luck_of_runs([[row["id"]["all"] for row in rows[key]] for key in evolved])
 
-    def gain(better, worse, size="medium"):
+    def both(better, worse, size="medium"):
         return list(zip(rows[size, better], rows[size, worse]))
 
-    claims = [(number, words, {f"{better} - {worse}": [differences(gain(better, worse), "test")] for better, worse in pairs}, margin, luck) for number, words, pairs, margin in CLAIMS.get(name, [])]
+    claims = []
+    for number, words, pairs, margin in CLAIMS.get(name, []):
+        claims.append((number, words, {f"{better} - {worse}": [differences(both(better, worse), "test")] for better, worse in pairs}, margin, luck))
     if name in ("table4", "table5"):
         size, tasks = "large" if name == "table5" else "medium", np.array(reports[0]["tasks"].split())
-        pairs = gain("mstar", "+ warm-up", size)
+        pairs = both("mstar", "+ warm-up", size)
         parts = {task: [differences(pairs, "test")[:, tasks == task]] for task in TASKS} | {bed: [differences(pairs, bed)] for bed in TESTBEDS}
         claims.append(("C10", f"M-STaR beats pi_0 in every task type and testbed ({size} policy)", parts, 0.0, None))
     if name == "table5":
-        gains = {size: [differences(gain("mstar", "+ warm-up", size), bed) for bed in TESTBEDS] for size in ("small", "medium", "large")}
-        claims.append(("C10", "the smallest policy gains least out of domain", {f"{size} - small": [a - b for a, b in zip(gains[size], gains["small"])] for size in ("medium", "large")}, 0.0, None))
+        small, *others = ([differences(both("mstar", "+ warm-up", size), bed) for bed in TESTBEDS] for size in ("small", "medium", "large"))
+        effects = {f"{size} - small": [a - b for a, b in zip(gains, small)] for size, gains in zip(("medium", "large"), others)}
+        claims.append(("C10", "the smallest policy gains least out of domain", effects, 0.0, None))
     if name == "table2":                                           # and Figure 2, from the audits of the PRMs
         of = {what: np.array([numbers_in(report["verifier"][what]) for report in reports]) for what in reports[0]["verifier"]}
-        fewer = {what: [np.nan_to_num(of[f"{what}_all"] - of[f"{what}_top_2"])] for what in ("false", "steps")}       # 0 where nothing is left out
-        claims += [("C5", "best-of-16 and weighted voting by the PRM do not beat majority voting (by more than a point)",
-                    {f"majority_voting - {way}": [of["majority_voting"] - of[way]] for way in ("best_of_n", "weighted_voting")}, 0.01, None),
-                   ("C5", "and yet it re-ranks well: fewer of the Top-2 than of all right responses hold a false step (share, per question)", {"all - Top-2": fewer["false"]}, 0.0, None),
-                   ("C6", "the Top-2 have fewer steps than all right responses (steps, per question)", {"all - Top-2": fewer["steps"]}, 0.0, None)]
+        votes = {f"majority_voting - {way}": [of["majority_voting"] - of[way]] for way in ("best_of_n", "weighted_voting")}
+        false, steps = ([np.nan_to_num(of[f"{what}_all"] - of[f"{what}_top_2"])] for what in ("false", "steps"))       # 0 where nothing is left out
+        claims += [
+            ("C5", "best-of-16 and weighted voting by the PRM do not beat majority voting (by more than a point)", votes, 0.01, None),
+            ("C5", "and yet it re-ranks well: fewer of the Top-2 than of all right responses hold a false step (share, per question)", {"all - Top-2": false}, 0.0, None),
+            ("C6", "the Top-2 have fewer steps than all right responses (steps, per question)", {"all - Top-2": steps}, 0.0, None)]
     if name == "dynamics":
         claims += dynamics_claims([arm["iterations"] for arm in arms if arm["arm"] == "prm_watched"])
     return claims
@@ -351,45 +406,60 @@ def numbers_in(text):
 
 def dynamics_claims(runs):
     """C8, of runs (lists of iterations) of one arm that was watched at every temperature: effects between its first, middle and last look."""
-    def look(lines):
-        return {"greedy": numbers_in(lines["by_question"]["greedy"]), "pass@k": 1.0 * (numbers_in(lines["by_question"]["right"]) > 0),
-                "Reward-Pass@2": numbers_in(lines["by_question"]["reward_pass_at_2"]), **{t: numbers_in(lines["sweep"]["any_right"][t]) for t in ("0.5", "1.5")}}
+    def look(line):
+        """Of each question, what one line of metrics says."""
+        greedy, right, reward = (numbers_in(line["by_question"][name]) for name in ("greedy", "right", "reward_pass_at_2"))
+        return {"greedy": greedy, "pass@k": 1.0 * (right > 0), "reward": reward, **{t: numbers_in(line["sweep"]["any_right"][t]) for t in ("0.5", "1.5")}}
 
     looks = [[look(line) for line in lines if "sweep" in line] for lines in runs]
-    first, middle, last = ({key: np.array([run[place(len(run))][key] for run in looks]) for key in looks[0][0]} for place in (lambda n: 0, lambda n: n // 2, lambda n: n - 1))
-    effects = {"greedy accuracy rises": last["greedy"] - first["greedy"], "pass@k falls": first["pass@k"] - last["pass@k"],
-               "the gap between them shrinks": first["pass@k"] - first["greedy"] - last["pass@k"] + last["greedy"],
-               "Reward-Pass@2 saturates: its first half gains more than its second": 2 * middle["Reward-Pass@2"] - first["Reward-Pass@2"] - last["Reward-Pass@2"],
-               "pass@k falls more slowly at T = 1.5 than at 0.5": first["0.5"] - last["0.5"] - first["1.5"] + last["1.5"]}
+
+    def at(place):
+        """The looks of all runs at one place: {name: (runs, questions)}."""
+        return {name: np.array([run[place][name] for run in looks]) for name in looks[0][0]}
+
+    first, middle, last = at(0), at(len(looks[0]) // 2), at(-1)
+    rise = {name: last[name] - first[name] for name in first}
+    effects = {"greedy accuracy rises": rise["greedy"],
+               "pass@k falls": -rise["pass@k"],
+               "the gap between them shrinks": rise["greedy"] - rise["pass@k"],
+               "Reward-Pass@2 saturates: its first half gains more than its second": 2 * middle["reward"] - first["reward"] - last["reward"],
+               "pass@k falls more slowly at T = 1.5 than at 0.5": rise["1.5"] - rise["0.5"]}
     return [("C8", words, {"effect": [effect]}, 0.0, None) for words, effect in effects.items()]
 
 
 def format_experiment(result):
     """An experiment as text, in Markdown: its table beside the paper's numbers, curves if it is about those, and its verdicts last."""
-    name, groups = result["experiment"], {}
+    name, groups, seeds = result["experiment"], {}, len(result["seeds"])
     for arm in result["arms"]:
         groups.setdefault((arm["size"], arm["arm"]), []).append(arm)
     columns = {"table4": ("ID", *TASKS, "OOD"), "table5": (*TESTBEDS, "OOD")}.get(name, ("ID", "OOD"))
     theirs = ["average"] if name == "table5" else ["ID", "OOD", *TASKS][:len(result["arms"][0]["paper"])]
-    lines = ["| " + " | ".join([f"{name}, %", *columns, *(f"paper: {column}" for column in theirs), "responses", "updates"]) + " |", "|---" * (3 + len(columns) + len(theirs)) + "|"]
+
+    def table(head, rows):
+        return ["| " + " | ".join(head) + " |", "|---" * len(head) + "|", *("| " + " | ".join(map(str, row)) + " |" for row in rows), ""]
+
+    rows = []
     for (size, _), arms in groups.items():
-        row = {column: f"{100 * np.mean([{'ID': a['row']['id']['all'], 'OOD': a['row']['ood']['all'], **a['row']['id'], **{bed: a['row']['ood'][bed] for bed in TESTBEDS}}[column] for a in arms]):.1f}" for column in columns}
-        lines.append(f"| {size + ': ' if name == 'table5' else ''}{arms[0]['words']} | " + " | ".join([*row.values(), *map(str, arms[0]["paper"]), f"{arms[0]['responses']:,}", f"{arms[0]['updates']:,}"]) + " |")
-    if name == "dynamics":
-        for _, arms in groups.items():
-            lines += ["", f"| {arms[0]['words']}, validation, % | greedy | " + " | ".join(f"pass@{arms[0]['iterations'][0]['k']}, T = {t}" for t in ("0.5", "1.0", "1.5")) + " | Reward-Pass@2 | T |", "|---" * 7 + "|"]
-            for same in zip(*[[line for line in arm["iterations"] if "sweep" in line] for arm in arms]):
-                means = [np.mean([line["greedy_accuracy"] for line in same]), *(np.mean([line["sweep"]["surface"][t]["pass_at_k"] for line in same]) for t in ("0.5", "1.0", "1.5")), np.mean([line["reward_pass_at_2"] for line in same])]
-                lines.append(f"| iteration {same[0]['iteration']} | " + " | ".join([*(f"{100 * mean:.1f}" for mean in means), ", ".join(str(line["temperature"]) for line in same)]) + " |")
-    seeds = len(result["seeds"])
-    lines += ["", f"`{result['command']}`: {seeds} seed{'s' * (seeds > 1)}, {result['minutes']:.0f} minutes on {result['device']}. The paper's levels are not comparable with ours, its directions are.", "",
-              f"| claim | verdict | effect, points, with 95 % interval over questions{' and seeds' * (seeds > 1)} |", "|---|---|---|"]
+        ours = [f"{100 * np.mean([figures(arm['row'])[column] for arm in arms]):.1f}" for column in columns]
+        rows.append([f"{size}: " * (name == "table5") + arms[0]["words"], *ours, *arms[0]["paper"], f"{arms[0]['responses']:,}", f"{arms[0]['updates']:,}"])
+    lines = table([f"{name}, %", *columns, *(f"paper: {column}" for column in theirs), "responses", "updates"], rows)
+    for arms in groups.values() if name == "dynamics" else ():
+        rows = []
+        for same in zip(*([line for line in arm["iterations"] if "sweep" in line] for arm in arms)):
+            values = [[line["greedy_accuracy"], *(line["sweep"]["surface"][t]["pass_at_k"] for t in WATCHED), line["reward_pass_at_2"]] for line in same]
+            rows.append([f"iteration {same[0]['iteration']}", *(f"{100 * mean:.1f}" for mean in np.mean(values, axis=0)), ", ".join(str(line["temperature"]) for line in same)])
+        k = arms[0]["iterations"][0]["k"]
+        lines += table([f"{arms[0]['words']}, validation, %", "greedy", *(f"pass@{k}, T = {t}" for t in WATCHED), "Reward-Pass@2", "T"], rows)
+    lines += [f"`{result['command']}`: {seeds} seed{'s' * (seeds > 1)}, {result['minutes']:.0f} minutes on {result['device']}. "
+              "The paper's levels are not comparable with ours, its directions are.", ""]
+    rows = []
     for claim in result["claims"]:
         unit, digits = (1, 2) if claim["claim"] == "C6" else (100, 1)
         effects = "; ".join(f"{words} {unit * effect:+.{digits}f} [{unit * low:+.{digits}f}, {unit * high:+.{digits}f}]" for words, (effect, low, high) in claim["effects"].items())
-        said = claim["verdict"] + (", on one seed" if claim["seeds"] == 1 and claim["verdict"] != "unresolved" else "")
-        lines.append(f"| {claim['claim']}: {claim['words']} | {said} | {effects} (questions: {' to '.join(map(str, claim['questions']))}) |")
-    return "\n".join(lines)
+        said = claim["verdict"] + ", on one seed" * (claim["seeds"] == 1 and claim["verdict"] != "unresolved")
+        rows.append([f"{claim['claim']}: {claim['words']}", said, f"{effects} (questions: {' to '.join(map(str, claim['questions']))})"])
+    lines += table(["claim", "verdict", f"effect, points, with 95 % interval over questions{' and seeds' * (seeds > 1)}"], rows)
+    return "\n".join(lines[:-1])
 
 
 # ---------------------------------------------------------------- report.html: what happened, to look at
@@ -499,10 +569,8 @@ def points(gain):
 def html_rows(report):
     """The result table in the paper's columns, with intervals, and the gains of the run's method."""
     def cells(row):
-        for part, keys in (("id", ("all", *TASKS)), ("ood", (*TESTBEDS, "all"))):
-            for key in keys:
-                low, high = row["ci95"][part][key]
-                yield f"{100 * row[part][key]:.1f} <small>[{100 * low:.0f}, {100 * high:.0f}]</small>"
+        for value, (low, high) in zip(figures(row).values(), figures(row["ci95"]).values()):
+            yield f"{100 * value:.1f} <small>[{100 * low:.0f}, {100 * high:.0f}]</small>"
     gains = "".join(f"<li>over {escape(name)}: {points(gain['id'])} in domain, {points(gain['ood'])} out of domain</li>" for name, gain in report["gain_over"].items())
     return html_table(["%", *COLUMNS], [[escape(row["name"]), *cells(row)] for row in report["rows"]]) + f"<p>Gains of {escape(report['method'])}, paired by question:</p><ul>{gains}</ul>"
 
