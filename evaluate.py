@@ -471,7 +471,7 @@ STYLE = """
   --c0: #56b4e9; --c1: #f0904a; --c2: #35c79b; --c3: #d995bd } }
 body { background: var(--bg); color: var(--ink); font: 16px/1.5 system-ui, sans-serif; margin: 0 auto; padding: 1rem; max-width: 75rem }
 h1 { font-size: 1.5rem } h2 { margin-top: 2.5rem; border-bottom: 1px solid var(--line) } small, figcaption, .soft { color: var(--soft); font-size: .85rem }
-code { background: var(--box); padding: .1rem .3rem; overflow-wrap: anywhere } .scroll { overflow-x: auto } pre { overflow-x: auto }
+code { background: var(--box); padding: .1rem .3rem; overflow-wrap: anywhere } .scroll { overflow-x: auto; margin: 1rem 0 } pre { overflow-x: auto }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums } th, td { padding: .25rem .6rem; text-align: right; border-bottom: 1px solid var(--line) }
 th:first-child, td:first-child, td.words { text-align: left } td.chosen { outline: 3px solid var(--ink); outline-offset: -3px; font-weight: bold }
 td small { display: block } td:not(:first-child, .words) { white-space: nowrap } td.heat { background: color-mix(in srgb, var(--good) calc(var(--s) * 60%), transparent) }
@@ -533,11 +533,52 @@ def write_html(folder):
              "<h2>Temperatures</h2>", html_surface(mine), "<h2>Process reward model against the oracle</h2>",
              html_audit(found["audit"]) if found["audit"] else missing("audit.json", f"python prm.py {folder} makes it"),
              "<h2>Samples</h2>", html_samples(rounds, config) if rounds else missing("samples/", "no iteration has ended")]
-    policy = f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode()}'"
-    script = f"<script>{SCRIPT}</script>" if rounds else ""
-    write_whole(folder / "report.html", f"""<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
-<meta http-equiv="Content-Security-Policy" content="{policy}"><title>M-STaR: {escape(folder.name)}</title><style>{STYLE}</style><body>{''.join(parts)}{script}</body></html>""".encode())
+    write_page(folder / "report.html", folder.name, "".join(parts) + f"<script>{SCRIPT}</script>" * bool(rounds))
     return folder / "report.html"
+
+
+def write_page(path, title, body):
+    """Write an HTML page, whole or not at all, that loads nothing and runs no script but ours."""
+    policy = f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode()}'"
+    write_whole(path, f"""<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
+<meta http-equiv="Content-Security-Policy" content="{policy}"><title>M-STaR: {escape(title)}</title><style>{STYLE}</style><body>{body}</body></html>""".encode())
+
+
+def write_experiment_html(path, result):
+    """What `format_experiment` says as a page, and of the dynamics the paper's Figures 3 to 5 as charts, means over seeds."""
+    def cell(text):
+        return f"<td class='words'>{escape(text)}" if len(text) > 30 else escape(text)
+
+    parts = [f"<h1>{escape(result['experiment'])}</h1>"]
+    for block in format_experiment(result).split("\n\n"):
+        lines = [line.strip("| ").split(" | ") for line in block.splitlines()]
+        parts.append(html_table(map(escape, lines[0]), [map(cell, line) for line in lines[2:]]) if block.startswith("|")
+                     else "<p>" + re.sub("`(.*?)`", r"<code>\1</code>", escape(block)) + "</p>")
+    if result["experiment"] == "dynamics":
+        parts.insert(1, html_dynamics(result["arms"]))
+    write_page(path, result["experiment"], "".join(parts))
+
+
+def html_dynamics(arms):
+    """The paper's Figures 3 to 5: curves on validation questions of the arm at T = 1, and of both arms."""
+    def curve(arm, get):
+        """[(iteration, percent)] of the looks at every temperature, means over the arm's seeds."""
+        runs = [[line for line in one["iterations"] if "sweep" in line] for one in arms if one["arm"] == arm]
+        return [(same[0]["iteration"], 100 * float(np.mean([get(line) for line in same]))) for same in zip(*runs)]
+
+    def pass_at_k(arm, t):
+        return curve(arm, lambda line: line["sweep"]["surface"][t]["pass_at_k"])
+
+    greedy, k = curve("prm_watched", lambda line: line["greedy_accuracy"]), arms[0]["iterations"][0]["k"]
+    exploration = {f"pass@{k}, T = {t}": pass_at_k("prm_watched", t) for t in WATCHED}
+    gaps = {name: [(x, y - g) for (x, y), (_, g) in zip(line, greedy)] for name, line in exploration.items()}
+    balance = {words: curve(arm, lambda line: line["reward_pass_at_2"]) for arm, words in (("prm_watched", "T = 1"), ("mstar_watched", "adaptive T"))}
+    explored = {words: curve(arm, lambda line: line["pass_at_k"]) for arm, words in (("prm_watched", "T = 1"), ("mstar_watched", "adaptive T"))}
+    figures = (line_chart("Figures 3 and 4a: greedy and Pass@K", "%", {**exploration, "greedy": greedy}, "The paper: greedy accuracy rises, Pass@K falls at every temperature."),
+               line_chart("Figure 4b: Pass@K minus greedy", "points", gaps, "The paper: the gap shrinks."),
+               line_chart("Figures 4c and 5: Reward-Pass@2", "%", balance, "The paper: it saturates early at T = 1, and stays higher with the adaptive temperature."),
+               line_chart("Figure 5: Pass@K at the run's T", "%", explored, "The paper: it stays higher with the adaptive temperature."))
+    return f"<div class='charts'>{''.join(figures)}</div>"
 
 
 def missing(name, why):

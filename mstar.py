@@ -39,7 +39,7 @@ import torch
 
 from data import TASKS, TESTBEDS, Tokenizer, build_world, oracle, write_caption, write_reasoning
 from evaluate import (TABLES, auc, bootstrap_interval, evaluate_policy, find_answer, format_experiment, grade, make_experiment, make_prompts, most_frequent_answer,
-                      paired_gain, print_report, reward_pass_at_k, sample_texts, share, write_html)
+                      paired_gain, print_report, reward_pass_at_k, sample_texts, share, write_experiment_html, write_html)
 from model import (WORKERS, Example, ModelConfig, Policy, batches, fit, load_policy, load_tensors, load_training, new_optimizers, sample, save_policy, save_tensors,
                    save_training, write_json, write_whole)
 from prm import StepLabels, audit, label_responses, label_steps, rerank, score, train_prm, weighted_vote
@@ -200,7 +200,7 @@ def main(argv=None):
 def experiment(cfg, preset, command):
     """One of the paper's tables: its arms for each seed (and size), one after another, then the table and the verdicts on its claims.
     Each seed has a folder of its own, in which base, pi_0, PRM and finished arms stay, for this and for other tables.
-    Writes results/PRESET-EXPERIMENT.json and returns what it holds."""
+    Writes results/PRESET-EXPERIMENT.json, and .html to look at, and returns what the first holds."""
     folder, reports = Path(cfg.out or f"runs/{preset}-experiments"), []
     for size, factor in SIZES.get(cfg.experiment, {"": 1.0}).items():
         for seed in range(cfg.seeds):
@@ -215,6 +215,7 @@ def experiment(cfg, preset, command):
     with stopped_cleanly(command.removeprefix("python mstar.py ")):
         Path("results").mkdir(exist_ok=True)
         write_json(f"results/{preset}-{cfg.experiment}.json", result)
+        write_experiment_html(f"results/{preset}-{cfg.experiment}.html", result)
     print(format_experiment(result))
     return result
 

@@ -1,11 +1,13 @@
 """The paper's tables as commands: every experiment from end to end, its arms, its claims, and going on after a stop."""
 import copy
+import html
 import json
+import re
 
 import pytest
 
 import mstar
-from evaluate import CLAIMS, TABLES, dynamics_claims, format_experiment
+from evaluate import CLAIMS, TABLES, dynamics_claims, format_experiment, write_experiment_html
 
 FLAGS = ["--preset", "test", "--validation", "6", "--test", "10", "--testbed", "3", "--prm_questions", "6", "--base_images", "30", "--labeled", "16", "--passes", "1", "--threshold", "0",
          "--max_new_tokens", "8"]
@@ -101,3 +103,22 @@ def test_claims_on_dynamics_measure_what_they_say():
     claims = dynamics_claims([lines, copy.deepcopy(lines)])
     effects = {words: groups[0].mean() for _, words, parts, *_ in claims for groups in parts.values()}
     assert list(effects.values()) == [0.5, 0.25, 0.75, 0.5 - 0.125, 0.25] and all(parts["effect"][0].shape == (2, 4) for _, _, parts, *_ in claims)
+
+
+def test_the_page_of_an_experiment_shows_its_numbers_and_the_dynamics_as_curves(results, tmp_path):
+    result = json.loads(json.dumps(results[2]["dynamics"]))
+    other = copy.deepcopy(result["arms"])                          # of another seed: everything a quarter higher
+    for line in (line for arm in other for line in arm["iterations"] if "sweep" in line):
+        line["greedy_accuracy"] += 0.25
+        line["sweep"]["surface"]["1.5"]["pass_at_k"] += 0.25
+    curves = {}
+    for arms in (result["arms"], result["arms"] + other):
+        write_experiment_html(tmp_path / "page.html", result | {"arms": arms})
+        page = (tmp_path / "page.html").read_text()
+        curves[len(arms)] = dict(re.findall(r"[ ;.] ?([^;:.]*?(?:greedy|T = \S+?)): ([-0-9., e]+)", re.search("aria-label='Figures 3 and 4a([^']*)", page)[1]))
+    words = re.sub("<[^>]*>", " ", page)
+    assert all(claim["words"] in html.unescape(words) for claim in result["claims"]) and page.count("<polyline") == 4 + 3 + 2 + 2
+    mine = [line for line in result["arms"][0]["iterations"] if "sweep" in line]
+    for name, value in (("greedy", lambda line: line["greedy_accuracy"]), ("pass@4, T = 1.5", lambda line: line["sweep"]["surface"]["1.5"]["pass_at_k"])):
+        assert [float(y) for y in curves[2][name].split(", ")] == pytest.approx([100 * value(line) for line in mine], rel=1e-3)
+        assert [float(y) for y in curves[4][name].split(", ")] == pytest.approx([100 * value(line) + 12.5 for line in mine], rel=1e-3)
