@@ -38,10 +38,10 @@ import numpy as np
 import torch
 
 from data import TASKS, TESTBEDS, Tokenizer, build_world, oracle, write_caption, write_reasoning
-from evaluate import (TABLES, auc, bootstrap_interval, evaluate_policy, find_answer, format_experiment, grade, make_experiment, make_prompts, most_frequent_answer,
-                      paired_gain, print_report, reward_pass_at_k, sample_texts, share, write_experiment_html, write_html)
-from model import (WORKERS, Example, ModelConfig, Policy, batches, fit, load_policy, load_tensors, load_training, new_optimizers, sample, save_policy, save_tensors,
-                   save_training, write_json, write_whole)
+from evaluate import (TABLES, auc, bootstrap_interval, evaluate_policy, find_answer, format_experiment, grade, make_experiment, make_prompts,
+                      most_frequent_answer, paired_gain, print_report, reward_pass_at_k, sample_texts, share, write_experiment_html, write_html)
+from model import (WORKERS, Example, ModelConfig, Policy, batches, fit, load_policy, load_tensors, load_training, new_optimizers, sample,
+                   save_policy, save_tensors, save_training, write_json, write_whole)
 from prm import StepLabels, audit, label_responses, label_steps, rerank, score, train_prm, weighted_vote
 
 CONTINUOUS = dict(start_from="last", optimizer="inherit", interval=0.25, select="all", temperature="1.0")
@@ -69,8 +69,9 @@ ROWS = {"sft": "SFT (direct answers)", "prm": "+ PRM re-rank", "mstar": "M-STaR"
 SIZES = {"table5": {"small": 0.5, "": 1.0, "large": 1.5}}          # an experiment with policies of several widths, as factors
 COMPARED = "sft,continuous,prm,mstar"                               # what `python mstar.py` runs
 # What a response and an update of a stage cost, in responses of true length and updates of worked examples (`expected_minutes`)
-WEIGHTS = {"warm-up": 0.9, "PRM": 1.6, "self-evolving": 1.0, "watching": 1.5, "sweeps": 0.75, "audit": 2.4, "tests": 2.6, "base update": 1.5, "SFT update": 0.7}
-SCALED = ("base_caption_updates", "base_updates", "warmup_questions", "warmup_updates", "prm_questions", "passes", "evolve_updates")      # by --minutes
+WEIGHTS = {"warm-up": 0.9, "PRM": 1.6, "self-evolving": 1.0, "watching": 1.5, "sweeps": 0.75, "audit": 2.4, "tests": 2.6,
+           "base update": 1.5, "SFT update": 0.7}
+SCALED = ("base_caption_updates", "base_updates", "warmup_questions", "warmup_updates", "prm_questions", "passes", "evolve_updates")  # by --minutes
 SHOWN = 2                                                          # questions of each task type and testbed that the report shows
 GRID = [round(0.3 + 0.1 * i, 1) for i in range(14)]                # the temperatures of a sweep, 0.3 .. 1.6
 
@@ -168,8 +169,8 @@ PRESETS = {
     "cpu": {},                                                     # the defaults above: a laptop, 2 cores
     "test": dict(labeled=40, validation=10, test=20, testbed=5, width=32, layers=1, heads=2, kv_heads=1, vision_width=16, vision_layers=1,
                  base_images=60, base_arithmetic=20, base_worked=20, base_worked_with_answer=20, base_caption_updates=4, base_updates=4,
-                 warmup_questions=10, warmup_rollouts=2, warmup_updates=3, prm_questions=20, prm_rollouts=2, passes=0.5, rollouts_per_question=2, evolve_updates=4,
-                 batch_size=8, lr_warmup_updates=2, monitor_rollouts=4, max_new_tokens=24),
+                 warmup_questions=10, warmup_rollouts=2, warmup_updates=3, prm_questions=20, prm_rollouts=2, passes=0.5,
+                 rollouts_per_question=2, evolve_updates=4, batch_size=8, lr_warmup_updates=2, monitor_rollouts=4, max_new_tokens=24),
     # sized on paper for one GPU of 16-24 GB and an hour; not measured yet
     "gpu": dict(labeled=20000, patch_size=8, vision_width=256, vision_layers=4, vision_heads=4, width=384, layers=6, heads=6, kv_heads=6,
                 base_images=40000, base_arithmetic=20000, base_caption_updates=2000, base_updates=1500, base_lr=1e-3, base_muon_lr=2e-3,
@@ -253,7 +254,10 @@ def run(cfg, preset, out, command):
     def run_arm(arm, switches):
         """From the same pi_0 and PRM, with equal responses and updates."""
         with done.stage(arm):
-            policy, metrics = (stage_direct_sft(cfg, base, world, tokenizer, done), []) if arm == "sft" else self_evolve(switches, arm, warm, prm, world, tokenizer, done, iterations)
+            if arm == "sft":
+                policy, metrics = stage_direct_sft(cfg, base, world, tokenizer, done), []
+            else:
+                policy, metrics = self_evolve(switches, arm, warm, prm, world, tokenizer, done, iterations)
         row = test(ROWS.get(arm, arm), policy)
         if arm == cfg.method:
             save_policy(policy, out / "policy.safetensors", tokenizer.symbols)
@@ -264,9 +268,9 @@ def run(cfg, preset, out, command):
         result = done.once(f"arm {arm}", lambda: run_arm(arm, switches))
         shutil.rmtree(done.folder / arm, ignore_errors=True)       # its last weights
         rows, iterations = [*rows, result["row"]], iterations + result["iterations"]
-    most_frequent, tasks = most_frequent_answer(world["labeled"], world["test"]), " ".join(question.task for question in world["test"])
     seconds = {name: s for name, s in done.seconds.items() if name not in METHODS or name in arms}         # not those of other tables' arms
-    return make_report(load_tensors(out / "config.json")[1]["command"], cfg, preset, device, rows, iterations, prm_metrics, audited, tasks, most_frequent, seconds)
+    command = load_tensors(out / "config.json")[1]["command"]
+    return make_report(command, cfg, preset, device, world, rows, iterations, prm_metrics, audited, seconds)
 
 
 # ---------------------------------------------------------------- stage 1: base
@@ -301,7 +305,8 @@ def stage_base(cfg, policy, world, tokenizer, done):
     diet = rng.sample(others, min(len(others), len(examples) // 2)) + examples or others
     # together=1: with up to four rows of a picture side by side, pi_0 had 26 % greedy accuracy instead of 38 (one trial of 1,200
     # caption updates against one of 1,300)
-    first, then = (batches(part, cfg.batch_size, random.Random(seed_of(cfg, name)), together=1) for part, name in ((others, "captions"), (diet, "worked examples")))
+    first, then = (batches(part, cfg.batch_size, random.Random(seed_of(cfg, name)), together=1)
+                   for part, name in ((others, "captions"), (diet, "worked examples")))
     loss = fit(policy, optimizers, schedules, chain(islice(first, cfg.base_caption_updates), then), total, "base", done.training)
     print(f"base      {len(captions):,} captions, {len(facts):,} arithmetic texts, {len(examples):,} worked examples; loss {loss:.3f}", flush=True)
     return policy
@@ -337,7 +342,8 @@ def stage_warmup(cfg, base, world, tokenizer, done):
     policy = copy.deepcopy(base)
     # decayed, so that pi_0 is a settled policy: what self-evolving gains on it is not just a smaller learning rate
     optimizers, schedules = new_optimizers(policy, cfg.warmup_lr, cfg.lr_warmup_updates, decay_over=cfg.warmup_updates)
-    train(policy, optimizers, schedules, as_examples(make_prompts(questions, tokenizer, cfg.image_size), kept, tokenizer), cfg.warmup_updates, cfg, "warm-up: SFT", done)
+    examples = as_examples(make_prompts(questions, tokenizer, cfg.image_size), kept, tokenizer)
+    train(policy, optimizers, schedules, examples, cfg.warmup_updates, cfg, "warm-up: SFT", done)
     return policy
 
 
@@ -391,31 +397,22 @@ def self_evolve(cfg, arm, warm, prm, world, tokenizer, done, earlier=()):
             # 1. Generate: L responses to the next questions from the current policy
             questions, known = questions_of(cfg, iteration, world)
             prompts = make_prompts(questions, tokenizer, cfg.image_size)
-            texts, written, sampling = done.once(f"{arm} {iteration} responses", lambda: generate(
+            texts, tokens, sampling = done.once(f"{arm} {iteration} responses", lambda: generate(
                 policy, prompts, tokenizer, cfg, temperature, seed_of(cfg, "generate", iteration), f"{arm} {iteration}: responses"))
             # 2. Reward: H(1(a == a*) R_p): of the right and different responses, those that the PRM ranks highest
-            golds = questions if cfg.unlabeled == "oracle" else [*questions[:known], *pseudo_labeled(prm, questions[known:], prompts[known:], texts[known:], tokenizer)]
+            golds = questions[:known] + pseudo_labeled(cfg, prm, questions[known:], prompts[known:], texts[known:], tokenizer)
             right, counts = keep_right(golds, texts)
-            kept = right
-            if cfg.select != "all":
-                rewards = response_rewards(prm, prompts, right, tokenizer) if needs_prm(cfg) else [0.0] * len(right)
-                kept = rerank(right, rewards, cfg.select, cfg.keep_top, cfg.threshold, seed_of(cfg, "random", iteration))
+            kept = select(cfg, prm, prompts, right, tokenizer, iteration)
             # 3. Improve: SFT on them, from the last checkpoint with a living optimizer ("continuous") or as the switches say
             if cfg.start_from == "warmup":
                 policy.load_state_dict(warm.state_dict())
             if cfg.optimizer == "reset":
                 optimizers, schedules = new_optimizers(policy, cfg.evolve_lr, cfg.lr_warmup_updates)
-            updates = round(cfg.evolve_updates * iteration / cfg.iterations) - round(cfg.evolve_updates * (iteration - 1) / cfg.iterations)
-            training = -time.time()
-            loss = train(policy, optimizers, schedules, as_examples(prompts, kept, tokenizer), updates, cfg, f"{arm} {iteration}: SFT", done, seed=iteration)
-            training += time.time()
-            trained = {"queries": len(questions), "responses": counts["responses"], "correct": counts["right"], "right": len(right), "kept": len(kept),
-                       "none_right": counts["none_right"], "all_right": counts["all_right"],
-                       "right_false_step": false_steps(questions, right) / max(1, len(right)),
-                       "kept_false_step": false_steps(questions, kept) / max(1, len(kept)),
-                       "updates": updates if kept else 0, "loss": loss, "unlabeled": len(questions) - known,
-                       "pseudo_right": sum(gold.answer == question.answer for gold, question in zip(golds[known:], questions[known:])) / max(1, len(questions) - known),
-                       "tokens": written, "sampling_seconds": round(sampling, 1), "training_seconds": round(training, 1)}
+            first, last = (round(cfg.evolve_updates * i / cfg.iterations) for i in (iteration - 1, iteration))
+            training, examples = time.time(), as_examples(prompts, kept, tokenizer)
+            loss = train(policy, optimizers, schedules, examples, last - first, cfg, f"{arm} {iteration}: SFT", done, seed=iteration)
+            trained = {**training_metrics(questions, golds, known, counts, right, kept), "updates": last - first if kept else 0, "loss": loss,
+                       "tokens": tokens, "sampling_seconds": round(sampling, 1), "training_seconds": round(time.time() - training, 1)}
         # 4. Watch exploitation (greedy) and exploration (pass@k) on validation questions; every other time, balance them: the
         #    temperature of the next responses becomes the one at which the PRM finds most to exploit
         sweep = cfg.temperature == "adaptive" and iteration % cfg.sweep_every == 0 and iteration < cfg.iterations
@@ -439,10 +436,28 @@ def generate(policy, prompts, tokenizer, cfg, temperature, seed, title):
     return texts, sum(len(response.tokens) for group in responses for response in group), time.time() - began
 
 
-def response_rewards(prm, prompts, kept, tokenizer):
+def select(cfg, prm, prompts, right, tokenizer, iteration):
+    """Which of the right and different responses, (question index, text) pairs, are trained on; their R_p is asked for where it counts."""
+    if cfg.select == "all":
+        return right
+    rewards = response_rewards(prm, prompts, right, tokenizer) if needs_prm(cfg) else [0.0] * len(right)
+    return rerank(right, rewards, cfg.select, cfg.keep_top, cfg.threshold, seed_of(cfg, "random", iteration))
+
+
+def response_rewards(prm, prompts, right, tokenizer):
     """R_p = min over steps of the PRM's scores, of (question index, text) pairs."""
-    scores = score(prm, [prompts[i] for i, _ in kept], [[tokenizer.response(text)] for _, text in kept], tokenizer)
+    scores = score(prm, [prompts[i] for i, _ in right], [[tokenizer.response(text)] for _, text in right], tokenizer)
     return [min(steps) for (steps,) in scores]
+
+
+def training_metrics(questions, golds, known, counts, right, kept):
+    """What an iteration was trained on, in the words of metrics.jsonl. golds: the questions with the answers that were gone by."""
+    pseudo, unlabeled = [gold.answer == question.answer for gold, question in zip(golds[known:], questions[known:])], len(questions) - known
+    return {"queries": len(questions), "responses": counts["responses"], "correct": counts["right"], "right": len(right), "kept": len(kept),
+            "none_right": counts["none_right"], "all_right": counts["all_right"],
+            "right_false_step": false_steps(questions, right) / max(1, len(right)),
+            "kept_false_step": false_steps(questions, kept) / max(1, len(kept)),
+            "unlabeled": unlabeled, "pseudo_right": sum(pseudo) / max(1, unlabeled)}
 
 
 def questions_of(cfg, iteration, world):
@@ -454,17 +469,18 @@ def questions_of(cfg, iteration, world):
         row = chain.from_iterable(rng.sample(world[split], len(world[split])) for _ in count())
         return list(islice(row, first, last))
 
-    joined = 0 if cfg.unlabeled == "none" else max(0, iteration - round(cfg.mix_in * cfg.iterations))      # iterations with unlabeled ones, this one included
+    # how many iterations have had unlabeled ones, this one included
+    joined = 0 if cfg.unlabeled == "none" else max(0, iteration - round(cfg.mix_in * cfg.iterations))
     half = cfg.queries // 2
     before, now = (iteration - 1) * cfg.queries - half * max(0, joined - 1), cfg.queries - half * bool(joined)
     return part("labeled", before, before + now) + part("unlabeled", half * max(0, joined - 1), half * joined), now
 
 
-def pseudo_labeled(prm, questions, prompts, texts, tokenizer):
-    """The questions with the answers that their responses vote for, weighted by R_p (the paper's pseudo answers), instead of the true
-    ones, which stay hidden. Where nobody votes there is nothing that could be right."""
-    if not questions:
-        return []
+def pseudo_labeled(cfg, prm, questions, prompts, texts, tokenizer):
+    """Unlabeled questions with the answers that their responses vote for, weighted by R_p (the paper's pseudo answers), instead of the
+    true ones, which stay hidden; where nobody votes there is nothing that could be right. With `unlabeled` oracle: with the true ones."""
+    if not questions or cfg.unlabeled == "oracle":
+        return questions
     scores = score(prm, prompts, [[tokenizer.response(text) for text in group] for group in texts], tokenizer)
     votes = [weighted_vote([find_answer(text) for text in group], [min(steps) for steps in rewards]) for group, rewards in zip(texts, scores)]
     return [replace(question, answer=-1 if vote is None else vote) for question, vote in zip(questions, votes)]
@@ -517,8 +533,8 @@ def monitor(cfg, policy, prm, world, tokenizer, iteration, temperature, sweep):
     metrics = {"temperature": temperature, "greedy_accuracy": float(right[:, 0].mean()), "k": n,
                **{name: float(values.mean()) for name, values in surface[temperature].items()},
                # of each question: is the greedy response right; how many of the sampled ones; Reward-Pass@2
-               "by_question": {name: " ".join(f"{v:g}" for v in values) for name, values in (
-                   ("greedy", right[:, 0]), ("right", right[:, now].sum(axis=1)), ("reward_pass_at_2", surface[temperature].get("reward_pass_at_2", ())))},
+               "by_question": {name: " ".join(f"{v:g}" for v in values) for name, values in {
+                   "greedy": right[:, 0], "right": right[:, now].sum(axis=1), "reward_pass_at_2": surface[temperature].get("reward_pass_at_2", ())}.items()},
                "false_step": false_steps(questions, right_texts) / max(1, len(right_texts)),      # among different right responses
                "distinct": float(np.mean([len(set(group[now])) / n for group in texts])),          # different texts per sampled response
                # the mean of -log p over sampled tokens estimates the entropy per token of the distribution sampled from, in nats
@@ -548,8 +564,9 @@ def write_samples(folder, cfg, iteration, policy, warm, prm, world, tokenizer, t
     scores, labels = [[None] * len(group) for group in tokens], {}
     if prm:
         scores = score(prm, prompts, tokens, tokenizer)
-        labels = {(label.question, tuple(label.tokens)): [right / label.rollouts for right in label.right] for label in label_responses(
-            warm, questions, prompts, [list(dict.fromkeys(group)) for group in tokens], tokenizer, cfg.prm_rollouts, cfg.prm_temperature, cfg.max_new_tokens, seed_of(cfg, "samples"))}
+        different = [list(dict.fromkeys(group)) for group in tokens]
+        labeled = label_responses(warm, questions, prompts, different, tokenizer, cfg.prm_rollouts, cfg.prm_temperature, cfg.max_new_tokens, seed_of(cfg, "samples"))
+        labels = {(label.question, tuple(label.tokens)): [right / label.rollouts for right in label.right] for label in labeled}
     right, _ = keep_right(questions, texts)
     rewards = [min(scores[i][texts[i].index(text)]) if prm else 0.0 for i, text in right]
     selected = set(rerank(right, rewards, cfg.select, cfg.keep_top, cfg.threshold, seed_of(cfg, "random", iteration)))
@@ -557,7 +574,8 @@ def write_samples(folder, cfg, iteration, policy, warm, prm, world, tokenizer, t
     write_json(folder / f"{iteration}.json", {"iteration": iteration, "temperature": temperature, "questions": [
         {"id": question.id, "responses": [
             {"text": text, "grade": grade(text, question.answer), "selected": (i, text) in selected and texts[i].index(text) == l,
-             "truncated": not responses[i][l].complete, "scores": scores[i][l], "labels": labels.get((i, tokens[i][l])), "oracle": oracle(question, text)}
+             "truncated": not responses[i][l].complete, "scores": scores[i][l], "labels": labels.get((i, tokens[i][l])),
+             "oracle": oracle(question, text)}
             for l, text in enumerate(texts[i])]} for i, question in enumerate(questions)]})
 
 
@@ -711,8 +729,9 @@ def parse(argv):
     parser.error = lambda message: parser.exit(2, f"mstar.py: {message}; see python mstar.py --help\n")
     parser.add_argument("--preset", choices=PRESETS, default=argparse.SUPPRESS)
     parser.add_argument("--resume", metavar="runs/NAME", help="go on with a run that was stopped", default=argparse.SUPPRESS)
-    choices = {"method": METHODS, "device": available(), "start_from": ("last", "warmup"), "optimizer": ("inherit", "reset"),
-               "select": ("all", "top", "threshold", "random"), "unlabeled": ("none", "oracle", "vote"), "experiment": TABLES, "adapt_by": ("reward_pass_at_k", "pass_at_k"), "prm_labels": ("soft", "hard")}
+    choices = {"method": METHODS, "experiment": TABLES, "device": available(), "start_from": ("last", "warmup"), "optimizer": ("inherit", "reset"),
+               "select": ("all", "top", "threshold", "random"), "unlabeled": ("none", "oracle", "vote"),
+               "adapt_by": ("reward_pass_at_k", "pass_at_k"), "prm_labels": ("soft", "hard")}
     comments = dict(re.findall(r"^    (\w+): \w+ = .*?# (.*)", inspect.getsource(Config), re.MULTILINE))     # a field's comment is its help
     for f in fields(Config):
         parser.add_argument(f"--{f.name}", type=type(f.default), choices=choices.get(f.name), default=argparse.SUPPRESS, metavar=None if f.name in choices else "",
@@ -722,9 +741,11 @@ def parse(argv):
         preset, cfg = begun_with(parser, Path(folder), given)
     else:
         preset = given.pop("preset", "gpu" if torch.cuda.is_available() else "cpu")
-        if "experiment" in given and (clash := given.keys() & {"arms", "method", "minutes", "seed", *CONTINUOUS, "keep_top", "adapt_by", "unlabeled", "mix_in", "watch_every"}):
+        set_by_arms = {"arms", "method", "minutes", "seed", *CONTINUOUS, "keep_top", "adapt_by", "unlabeled", "mix_in", "watch_every"}
+        if "experiment" in given and (clash := given.keys() & set_by_arms):
             parser.error(f"--experiment {given['experiment']}: it sets --{sorted(clash)[0]} itself; leave it out")
-        given["arms"] = given.get("arms") or ",".join(arm for arm in TABLES.get(given.get("experiment"), {}) if arm in METHODS) or given.get("method") or COMPARED
+        of_table = ",".join(arm for arm in TABLES.get(given.get("experiment"), {}) if arm in METHODS)
+        given["arms"] = given.get("arms") or of_table or given.get("method") or COMPARED
         given.setdefault("method", "" if "experiment" in given else given["arms"].split(",")[-1])
         cfg = Config(**{**PRESETS[preset], **METHODS.get(given["method"], {}), **given})
     if unknown := set(cfg.arms.split(",")) - METHODS.keys():
@@ -733,7 +754,8 @@ def parse(argv):
         parser.error(f"--arms {cfg.arms}: --method {cfg.method} must be among them")
     if cfg.temperature != "adaptive" and not re.fullmatch(r"\d+(\.\d*)?|\.\d+", cfg.temperature):
         parser.error(f"--temperature {cfg.temperature}: must be a number of at least 0, or adaptive")
-    may_be_0 = ("seed", "world_seed", "base_arithmetic", "base_worked", "base_worked_with_answer", "base_caption_updates", "vision_layers", "watch_every")
+    may_be_0 = ("seed", "world_seed", "base_arithmetic", "base_worked", "base_worked_with_answer", "base_caption_updates", "vision_layers",
+                "watch_every")
     for f in fields(Config):
         value, least = getattr(cfg, f.name), 2 if f.name == "prm_questions" else int(isinstance(f.default, int) and f.name not in may_be_0)
         if not isinstance(value, str) and (not math.isfinite(value) or value < least):
@@ -820,7 +842,8 @@ def work_of(cfg):
     monitored = sum(loop.iterations + 1 for loop in loops)          # each time one greedy response and monitor_rollouts per temperature
     responses = {"warm-up": cfg.warmup_questions * cfg.warmup_rollouts, "PRM": with_prm * cfg.prm_questions * cfg.prm_responses,
                  "self-evolving": sum(loop.iterations * loop.queries * loop.rollouts_per_question for loop in loops),
-                 "watching": cfg.validation * (1 + cfg.monitor_rollouts) * (monitored - sweeps), "sweeps": cfg.validation * (1 + cfg.monitor_rollouts * len(GRID)) * sweeps,
+                 "watching": cfg.validation * (1 + cfg.monitor_rollouts) * (monitored - sweeps),
+                 "sweeps": cfg.validation * (1 + cfg.monitor_rollouts * len(GRID)) * sweeps,
                  "audit": with_prm * 17 * cfg.test, "tests": (2 + len(arms)) * (2 * cfg.test + len(TESTBEDS) * cfg.testbed)}
     updates = {"base": cfg.base_caption_updates + cfg.base_updates, "warm-up": cfg.warmup_updates,
                "SFT": (cfg.warmup_updates + cfg.evolve_updates) * ("sft" in arms), "self-evolving": cfg.evolve_updates * len(loops)}
@@ -846,16 +869,18 @@ def expected_minutes(cfg, policy, world, tokenizer):
     fit(probe, *new_optimizers(probe, 1e-4, 1), stream, 1, "calibration")
     update = seconds(lambda: fit(probe, *new_optimizers(probe, 1e-4, 1), stream, 5, "calibration")) / 5
     length = min(32, cfg.max_new_tokens)                           # tokens that are written, the last of them freely: about the mean response
-    response = seconds(lambda: sample(policy, prompts, 1, 1.0, length, 0, tokenizer.EOS, prefixes=[[text[:-1][:length - 1] for text in group] for group in texts])) / sum(map(len, texts))
+    prefixes = [[text[:-1][:length - 1] for text in group] for group in texts]
+    response = seconds(lambda: sample(policy, prompts, 1, 1.0, length, 0, tokenizer.EOS, prefixes=prefixes)) / sum(map(len, texts))
     responses, updates = work_of(cfg)
     weight = WEIGHTS | {"PRM": WEIGHTS["PRM"] * cfg.prm_rollouts}
-    return {stage: (responses.get(stage, 0) * weight.get(stage, 0) * response + updates.get(stage, 0) * WEIGHTS.get(f"{stage} update", 1.0) * update) / 60
+    return {stage: (responses.get(stage, 0) * weight.get(stage, 0) * response + updates.get(stage, 0) * weight.get(f"{stage} update", 1.0) * update) / 60
             for stage in {**updates, **responses}}
 
 
 def expected_memory(cfg, policy):
     """Gigabytes: the program, the pictures of the largest split that is trained on, and the sampler's caches."""
-    pictures = max(cfg.base_images, cfg.base_worked + cfg.base_worked_with_answer, cfg.labeled if "sft" in cfg.arms else cfg.queries) * 3 * cfg.image_size ** 2
+    largest = max(cfg.base_images, cfg.base_worked + cfg.base_worked_with_answer, cfg.labeled if "sft" in cfg.arms else cfg.queries)
+    pictures = largest * 3 * cfg.image_size ** 2
     rows, workers, size = (1024, WORKERS, 4) if policy.device.type == "cpu" else (4096, 1, 2)
     cache = workers * size * 2 * cfg.layers * cfg.width * cfg.kv_heads // cfg.heads * rows * (cfg.max_new_tokens + 8)
     return 0.5 + (pictures + cache) / 2**30
@@ -866,28 +891,37 @@ def announce(cfg, preset, out, device, policy, world, tokenizer, done, to_be_sca
     if to_be_scaled:                                               # everything but the tests
         minutes = expected_minutes(cfg, policy, world, tokenizer)
         factor = max(0.01, (cfg.minutes - minutes["tests"]) / (sum(minutes.values()) - minutes["tests"]))
-        cfg = replace(cfg, **{name: type(getattr(cfg, name))(max(2, round(factor * getattr(cfg, name))) if name != "passes" else factor * cfg.passes) for name in SCALED})
+        numbers = {name: max(2, round(factor * getattr(cfg, name))) for name in SCALED if name != "passes"}
+        cfg = replace(cfg, passes=factor * cfg.passes, **numbers)
         print(f"scaled    by {factor:.2f} to fit {cfg.minutes:g} minutes: " + ", ".join(f"{name} {getattr(cfg, name):.4g}" for name in SCALED))
     left = [arm for arm in arms_of(cfg) if not done.has(f"arm {arm}.json")]
     if left:
         minutes = expected_minutes(replace(cfg, arms=",".join(left)), policy, world, tokenizer)
-        minutes |= {stage: 0.0 for stage, file in (("base", "base.safetensors"), ("warm-up", "pi_0.safetensors"), ("PRM", "labels.json"), ("audit", "audit.json")) if done.has(file)}
+        files = {"base": "base.safetensors", "warm-up": "pi_0.safetensors", "PRM": "labels.json", "audit": "audit.json"}
+        minutes |= {stage: 0.0 for stage, file in files.items() if done.has(file)}
     responses, updates = work_of(cfg)
-    print(f"run       {out}   preset {preset}, {f'experiment {cfg.experiment}' if cfg.experiment else f'method {cfg.method}'}, seed {cfg.seed}, on {device} ({WORKERS} workers)")
+
+    def listed(numbers):
+        return f"{sum(numbers.values()):,}: " + ", ".join(f"{name} {n:,}" for name, n in numbers.items())
+
+    print(f"run       {out}   preset {preset}, {f'experiment {cfg.experiment}' if cfg.experiment else f'method {cfg.method}'}, "
+          f"seed {cfg.seed}, on {device} ({WORKERS} workers)")
     print(f"policy    {sum(p.numel() for p in policy.parameters()):,} parameters")
     print("sets      " + ", ".join(f"{name} {len(questions):,}" for name, questions in world.items()))
-    print(f"responses {sum(responses.values()):,}: " + ", ".join(f"{name} {n:,}" for name, n in responses.items()) + f"; {cfg.prm_rollouts} rollouts from each step of the PRM's")
-    print(f"updates   {sum(updates.values()):,}: " + ", ".join(f"{name} {n:,}" for name, n in updates.items()) + f" ({', '.join(arms_of(cfg))}; {cfg.iterations} iterations)")
-    print(f"expected  {sum(minutes.values()):.1f} minutes: " + ", ".join(f"{name} {m:.1f}" for name, m in minutes.items() if m) + f"; {expected_memory(cfg, policy):.1f} GB of memory" if left else
-          "finished  all arms", flush=True)
+    print(f"responses {listed(responses)}; {cfg.prm_rollouts} rollouts from each step of the PRM's")
+    print(f"updates   {listed(updates)} ({', '.join(arms_of(cfg))}; {cfg.iterations} iterations)")
+    if left:
+        parts = ", ".join(f"{name} {m:.1f}" for name, m in minutes.items() if m)
+        print(f"expected  {sum(minutes.values()):.1f} minutes: {parts}; {expected_memory(cfg, policy):.1f} GB of memory", flush=True)
+    else:
+        print("finished  all arms", flush=True)
     return cfg
 
 
 def log(out, metrics):
     """metrics.jsonl, one line per iteration, and the last of them on screen, with a second line about a sweep."""
     write_whole(out / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in metrics).encode())
-    metrics = metrics[-1]
-    m, begin = metrics, f"{metrics['arm']} {metrics['iteration']:>2}: "
+    m, begin = metrics[-1], f"{metrics[-1]['arm']} {metrics[-1]['iteration']:>2}: "
     names = {"greedy_accuracy": "greedy", "pass_at_1": "pass@1", "pass_at_k": f"pass@{m['k']}", "reward_pass_at_2": "Reward-Pass@2",
              "false_step": "right with a false step", "unparseable": "unparseable", "truncated": "truncated"}
     parts = [f"T {m['temperature']}", *(f"{words} {share(m[name], 1)}" for name, words in names.items() if name in m),
@@ -902,15 +936,16 @@ def log(out, metrics):
               f"[{100 * low:.1f}, {100 * high:.1f}]; T {m['temperature']} would give {share(sweep['current_value'], 1)}", flush=True)
 
 
-def make_report(command, cfg, preset, device, rows, iterations, prm_metrics, audited, tasks, most_frequent, seconds):
+def make_report(command, cfg, preset, device, world, rows, iterations, prm_metrics, audited, seconds):
     """report.json: everything a table or figure is made from."""
     mine = next((row for row in rows if row["name"] == ROWS.get(cfg.method, cfg.method)), None)
     return {"command": command, "preset": preset, "method": cfg.method, "seed": cfg.seed,
             "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
             "device": torch.cuda.get_device_name() if device == "cuda" else f"{device}, {platform.machine()}, {WORKERS} worker{'s' * (WORKERS > 1)}",
-            "seconds": round(sum(seconds.values()), 1), "stages": {name: round(s, 1) for name, s in seconds.items()}, "config": asdict(cfg), "rows": rows, "iterations": iterations, "prm": prm_metrics,
-            "verifier": audited and audited["by_question"], "names": ROWS, "tasks": tasks,
-            "controls": {"most_frequent_answer": most_frequent},
+            "seconds": round(sum(seconds.values()), 1), "stages": {name: round(s, 1) for name, s in seconds.items()}, "config": asdict(cfg),
+            "rows": rows, "iterations": iterations, "prm": prm_metrics, "verifier": audited and audited["by_question"],
+            "names": ROWS, "tasks": " ".join(question.task for question in world["test"]),
+            "controls": {"most_frequent_answer": most_frequent_answer(world["labeled"], world["test"])},
             "gain_over": {row["name"]: paired_gain((mine, row)) for row in rows if row is not mine} if mine else {}}
 
 

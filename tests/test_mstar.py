@@ -87,9 +87,11 @@ def test_pseudo_answers_are_votes_weighted_by_the_lowest_step(world, tokenizer, 
     rewards = {"1 + 4 = 5\nanswer: 5": [0.9, 0.2], "5\nanswer: 5": [0.3, 0.9], "answer: 7": [0.6], "red": [1.0], "7": [1.0]}
     monkeypatch.setattr(mstar, "score", lambda prm, prompts, tokens, tok: [[rewards[tok.decode(t)] for t in group] for group in tokens])
     questions = world["unlabeled"][:2]
-    voted = mstar.pseudo_labeled("a PRM", questions, [None, None], [["1 + 4 = 5\nanswer: 5", "5\nanswer: 5", "answer: 7"], ["red", "red", "7"]], tokenizer)
+    texts = [["1 + 4 = 5\nanswer: 5", "5\nanswer: 5", "answer: 7"], ["red", "red", "7"]]
+    voted = mstar.pseudo_labeled(Config(unlabeled="vote"), "a PRM", questions, [None, None], texts, tokenizer)
     assert [q.answer for q in voted] == [7, -1] and [q.text for q in voted] == [q.text for q in questions]
     assert keep_right(voted, [["answer: 7", "answer: 5"], ["red", "answer: 1"]])[0] == [(0, "answer: 7")]
+    assert mstar.pseudo_labeled(Config(unlabeled="oracle"), "a PRM", questions, [None, None], texts, tokenizer) == questions
 
 
 def evolve(world, tokenizer, tmp_path, monkeypatch, *flags):
