@@ -85,7 +85,8 @@ def sample_texts(policy, prompts, tokenizer, rollouts_per_question, temperature,
             written += tokens
             bar.set_postfix_str(f"{written / (time.time() - began):,.0f} tokens/s", refresh=False)
             bar.update(ended)
-        responses = sample(policy, prompts, rollouts_per_question, temperature, max_new_tokens, seed, tokenizer.EOS, prefixes, streams, progress=progress)
+        responses = sample(policy, prompts, rollouts_per_question, temperature, max_new_tokens, seed, tokenizer.EOS,
+                           prefixes, streams, progress=progress)
     return [[tokenizer.decode(response.tokens) for response in group] for group in responses], responses
 
 
@@ -196,9 +197,10 @@ def verdict(effects, margin=0.0, luck=None, draws=4000):
     "holds" if every 95 % interval lies above -margin (all must, so nothing is gained by having many); "fails" if one lies below 0
     even at a level corrected for their number (Bonferroni); else "unresolved". Different claims are not corrected for each other.
     Returns (verdict, [(effect, low, high)])."""
-    found = [(float(np.mean([np.mean(values) for values in groups])), *bootstrap_interval(groups, draws, luck=luck, levels=(0.95, 1 - 0.05 / len(effects)))) for groups in effects]
-    said = "holds" if all(low > -margin for _, low, *_ in found) else "fails" if any(high < 0 for *_, high in found) else "unresolved"
-    return said, [(effect, low, high) for effect, low, high, *_ in found]
+    means = [float(np.mean([np.mean(values) for values in groups])) for groups in effects]
+    intervals = [bootstrap_interval(groups, draws, luck=luck, levels=(0.95, 1 - 0.05 / len(effects))) for groups in effects]
+    said = "holds" if all(low > -margin for low, *_ in intervals) else "fails" if any(high < 0 for *_, high in intervals) else "unresolved"
+    return said, [(effect, low, high) for effect, (low, high, *_) in zip(means, intervals)]
 
 
 def paired_gain(*pairs):
@@ -241,11 +243,13 @@ def print_report(report):
     for row in report["rows"]:
         print(f"{row['name']}: unparseable {share(row['unparseable'], 1)}, with shuffled images {share(row['shuffled_images'], 1)}")
     print(f"always the template's most frequent answer: {share(report['controls']['most_frequent_answer'], 1)}")
-    print(f"{report['seconds'] / 60:.1f} minutes on {report['device']}: " + ", ".join(f"{name} {seconds / 60:.1f}" for name, seconds in report["stages"].items()))
+    stages = ", ".join(f"{name} {seconds / 60:.1f}" for name, seconds in report["stages"].items())
+    print(f"{report['seconds'] / 60:.1f} minutes on {report['device']}: {stages}")
     trained = [line for line in report["iterations"] if line.get("updates")]
     if trained:
         sampling, training = (max(1e-9, sum(line[name] for line in trained)) for name in ("sampling_seconds", "training_seconds"))
-        print(f"self-evolving: {sum(line['tokens'] for line in trained) / sampling:,.0f} tokens/s sampled, {sum(line['updates'] for line in trained) / training:.1f} updates/s, "
+        tokens, updates = (sum(line[name] for line in trained) for name in ("tokens", "updates"))
+        print(f"self-evolving: {tokens / sampling:,.0f} tokens/s sampled, {updates / training:.1f} updates/s, "
               f"{share(sampling, report['seconds'])} of the run sampling and {share(training, report['seconds'])} training")
     others = sorted(report["gain_over"], key=lambda name: name == "+ warm-up")         # warm-up last
     for key, words in (("ood", "out of domain"), ("id", "in domain")):
@@ -440,22 +444,25 @@ def format_experiment(result):
 
     rows = []
     for (size, _), arms in groups.items():
-        ours = [f"{100 * np.mean([figures(arm['row'])[column] for arm in arms]):.1f}" for column in columns]
-        rows.append([f"{size}: " * (name == "table5") + arms[0]["words"], *ours, *arms[0]["paper"], f"{arms[0]['responses']:,}", f"{arms[0]['updates']:,}"])
+        first, ours = arms[0], [f"{100 * np.mean([figures(arm['row'])[column] for arm in arms]):.1f}" for column in columns]
+        rows.append([f"{size}: " * (name == "table5") + first["words"], *ours, *first["paper"], f"{first['responses']:,}", f"{first['updates']:,}"])
     lines = table([f"{name}, %", *columns, *(f"paper: {column}" for column in theirs), "responses", "updates"], rows)
     for arms in groups.values() if name == "dynamics" else ():
         rows = []
         for same in zip(*([line for line in arm["iterations"] if "sweep" in line] for arm in arms)):
-            values = [[line["greedy_accuracy"], *(line["sweep"]["surface"][t]["pass_at_k"] for t in WATCHED), line["reward_pass_at_2"]] for line in same]
-            rows.append([f"iteration {same[0]['iteration']}", *(f"{100 * mean:.1f}" for mean in np.mean(values, axis=0)), ", ".join(str(line["temperature"]) for line in same)])
+            values = np.mean([[line["greedy_accuracy"], *(line["sweep"]["surface"][t]["pass_at_k"] for t in WATCHED), line["reward_pass_at_2"]]
+                              for line in same], axis=0)
+            temperatures = ", ".join(str(line["temperature"]) for line in same)
+            rows.append([f"iteration {same[0]['iteration']}", *(f"{100 * value:.1f}" for value in values), temperatures])
         k = arms[0]["iterations"][0]["k"]
         lines += table([f"{arms[0]['words']}, validation, %", "greedy", *(f"pass@{k}, T = {t}" for t in WATCHED), "Reward-Pass@2", "T"], rows)
     lines += [f"`{result['command']}`: {seeds} seed{'s' * (seeds > 1)}, {result['minutes']:.0f} minutes on {result['device']}. "
               "The paper's levels are not comparable with ours, its directions are.", ""]
     rows = []
     for claim in result["claims"]:
-        unit, digits = (1, 2) if claim["claim"] == "C6" else (100, 1)
-        effects = "; ".join(f"{words} {unit * effect:+.{digits}f} [{unit * low:+.{digits}f}, {unit * high:+.{digits}f}]" for words, (effect, low, high) in claim["effects"].items())
+        number = "{:+.2f} [{:+.2f}, {:+.2f}]" if claim["claim"] == "C6" else "{:+.1f} [{:+.1f}, {:+.1f}]"
+        unit = 1 if claim["claim"] == "C6" else 100
+        effects = "; ".join(f"{words} {number.format(*(unit * n for n in numbers))}" for words, numbers in claim["effects"].items())
         said = claim["verdict"] + ", on one seed" * (claim["seeds"] == 1 and claim["verdict"] != "unresolved")
         rows.append([f"{claim['claim']}: {claim['words']}", said, f"{effects} (questions: {' to '.join(map(str, claim['questions']))})"])
     lines += table(["claim", "verdict", f"effect, points, with 95 % interval over questions{' and seeds' * (seeds > 1)}"], rows)
@@ -523,15 +530,19 @@ def write_html(folder):
     """Write folder/report.html from the files of a run, finished or not: one page that needs no network and no other file. A section
     whose file is missing says so. Text of policies and questions is escaped, and no script but ours may run on the page."""
     folder = Path(folder)
-    config, found = load_tensors(folder / "config.json")[1], {name: json.loads((folder / f"{name}.json").read_text()) if (folder / f"{name}.json").exists() else None for name in ("report", "audit")}
+
+    def read(name):
+        return json.loads((folder / name).read_text()) if (folder / name).exists() else None
+
+    config, report, audit = load_tensors(folder / "config.json")[1], read("report.json"), read("audit.json")
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()] if (folder / "metrics.jsonl").exists() else []
     rounds = sorted((json.loads(path.read_text()) for path in (folder / "samples").glob("*.json")), key=lambda part: part["iteration"])
-    report, mine = found["report"], [line for line in lines if line["arm"] == config["method"]]
+    mine = [line for line in lines if line["arm"] == config["method"]]
     parts = [html_headline(report, config, lines), "<h2>Result</h2>", html_rows(report) if report else missing("report.json", "the run has not ended"),
              "<h2>Health</h2>", html_health(mine, report) if mine else missing("metrics.jsonl", "no iteration has ended"),
              "<h2>Over iterations</h2>", html_curves(lines) if lines else missing("metrics.jsonl", "no iteration has ended"),
              "<h2>Temperatures</h2>", html_surface(mine), "<h2>Process reward model against the oracle</h2>",
-             html_audit(found["audit"]) if found["audit"] else missing("audit.json", f"python prm.py {folder} makes it"),
+             html_audit(audit) if audit else missing("audit.json", f"python prm.py {folder} makes it"),
              "<h2>Samples</h2>", html_samples(rounds, config) if rounds else missing("samples/", "no iteration has ended")]
     write_page(folder / "report.html", folder.name, "".join(parts) + f"<script>{SCRIPT}</script>" * bool(rounds))
     return folder / "report.html"

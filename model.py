@@ -66,7 +66,8 @@ class ModelConfig:
 
     def __post_init__(self):
         for name, value in asdict(self).items():                   # sizes may come from a file that somebody else wrote
-            least, most = int(name != "vision_layers"), {"vocabulary": 10**6, "rope_theta": 10**9}.get(name, 100 if name.endswith("layers") else 2**14)
+            least = int(name != "vision_layers")
+            most = {"vocabulary": 10**6, "rope_theta": 10**9}.get(name, 100 if name.endswith("layers") else 2**14)
             if type(value) not in (int, float) or not least <= value <= most:
                 raise ValueError(f"{name} {value!r}: must be a number from {least} to {most}")
         for name, unit, words in (("image_size", self.shuffle * self.patch_size, "twice --patch_size"), ("width", 2 * self.heads, "twice --heads"),
@@ -319,7 +320,8 @@ def write_json(path, content):
 def save_tensors(path, tensors, about):
     """Write `path` (.safetensors) of {name: tensor}, if there are any, then beside it a JSON of the dictionary `about`, with a
     checksum of both: together they are whole, or `load_tensors` says that they are not."""
-    about, data = json.loads(json.dumps(about)), save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}) if tensors else b""
+    about = json.loads(json.dumps(about))                          # as it will be read
+    data = save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}) if tensors else b""
     if tensors:
         write_whole(path, data)
     write_json(Path(path).with_suffix(".json"), about | {"checksum": _checksum(data, about)})
@@ -629,7 +631,8 @@ def draw(logits, temperature, uniform, forced):
     return tokens, log_probs.gather(1, tokens[:, None])[:, 0]
 
 
-def sample(policy, prompts, rollouts_per_question, temperature, max_new_tokens, seed, end_token, prefixes=None, streams=None, rows=None, progress=None):
+def sample(policy, prompts, rollouts_per_question, temperature, max_new_tokens, seed, end_token,
+           prefixes=None, streams=None, rows=None, progress=None):
     """Sample responses: list (Q) of Prompt -> list (Q) of lists (L = rollouts_per_question) of Response.
 
     Questions go through in batches (`_sample_batch`). Responses of a question that have the same tokens so far share one row of
@@ -784,9 +787,11 @@ def sample_plainly(policy, prompts, temperature, uniforms, end_token, cached=Tru
     `cached`, all of the text is read again for every token. Prompts: one per response (R); uniforms (R, T) -> list (R) of tokens."""
     (R, T), device = uniforms.shape, policy.device
     forced, temperature = torch.full((R,), -1, device=device), torch.full((R,), temperature, device=device)
-    images, ids, uniforms = torch.stack([prompt.image for prompt in prompts]).to(device), [list(prompt.ids) for prompt in prompts], uniforms.to(device)
+    images, ids = torch.stack([prompt.image for prompt in prompts]).to(device), [list(prompt.ids) for prompt in prompts]
+    uniforms, own = uniforms.to(device), torch.arange(R, device=device)
+    prompts = [Prompt(prompt.image.clone(), prompt.ids) for prompt in prompts]         # equal images would be read once
     with torch.inference_mode(), policy.precision():
-        logits, start, prefix = _prefill(policy, [Prompt(prompt.image.clone(), prompt.ids) for prompt in prompts])         # equal ones would be read once
+        logits, start, prefix = _prefill(policy, prompts)
         suffix = [tuple(part.new_empty(R, part.shape[1], T, part.shape[3]) for part in layer) for layer in prefix]
         ended = torch.zeros(R, dtype=torch.bool, device=device)
         for t in range(T):
@@ -797,7 +802,7 @@ def sample_plainly(policy, prompts, temperature, uniforms, end_token, cached=Tru
             if ended.all() or t + 1 == T:
                 break
             if cached:
-                logits = _decode(policy, tokens, torch.arange(R, device=device), start, t, prefix, [tuple(p[:, :, :t + 1] for p in layer) for layer in suffix])
+                logits = _decode(policy, tokens, own, start, t, prefix, [tuple(part[:, :, :t + 1] for part in layer) for layer in suffix])
             else:
                 padded = nn.utils.rnn.pad_sequence([torch.tensor(row) for row in ids], batch_first=True).to(device)
                 logits = policy(images, padded)[torch.arange(R), torch.tensor([len(row) - 1 for row in ids])]
@@ -846,8 +851,10 @@ def bench_sampling(policy, prompts, end_token, line_break, T, repeats):
         return sum(len(response.tokens) for group in responses for response in group) - given
 
     def plain(prompts, temperature, cached=True, rows=256):
-        chunks = [prompts[i:i + rows] for i in range(0, len(prompts), rows)]
-        return sum(map(len, sum(pool.map(lambda chunk: sample_plainly(policy, chunk, temperature, torch.rand(len(chunk), T), end_token, cached), chunks), [])))
+        def run(start):
+            part = prompts[start:start + rows]
+            return sum(map(len, sample_plainly(policy, part, temperature, torch.rand(len(part), T), end_token, cached)))
+        return sum(pool.map(run, range(0, len(prompts), rows)))
 
     steps = [[response.tokens[:i + 1] for response in group for i, token in enumerate(response.tokens[:-1]) if token == line_break]
              for group in sample(policy, few, 4, 1.0, T, 0, end_token)]
@@ -857,7 +864,8 @@ def bench_sampling(policy, prompts, end_token, line_break, T, repeats):
                                 "no cache": lambda: plain([p for p in few[:4] for _ in range(L)], 1.0, cached=False, rows=32)}, repeats),
             "sweep": alternate({"sample": lambda: ours(few, L * 14, torch.tensor([t for t in grid for _ in range(L)]), streams=list(range(L)) * 14),
                                 "plain": lambda: sum(plain([p for p in few for _ in range(L)], t) for t in grid)}, repeats),
-            "step labels": alternate({"sample": lambda: ours(few, 8, 0.6, given, prefixes=steps), "plain": lambda: plain(longer, 0.6)}, repeats) if longer else {}}
+            "step labels": alternate({"sample": lambda: ours(few, 8, 0.6, given, prefixes=steps),
+                                      "plain": lambda: plain(longer, 0.6)}, repeats) if longer else {}}
 
 
 def bench_parts(policy, prompts, examples, end_token, T, repeats):
@@ -882,7 +890,8 @@ def bench_parts(policy, prompts, examples, end_token, T, repeats):
         return rows
 
     def whole():
-        return sum(len(response.tokens) for group in _sample_batch(policy, few, counts, **table, end_token=end_token, progress=None) for response in group)
+        responses = _sample_batch(policy, few, counts, **table, end_token=end_token, progress=None)
+        return sum(len(response.tokens) for group in responses for response in group)
 
     def training():
         with policy.precision():
@@ -930,7 +939,8 @@ def main(argv=None):
     from evaluate import make_prompts
     from mstar import PRESETS, new_policy, parse
     parser = argparse.ArgumentParser(description="How fast the sampler and the training are.")
-    parser.add_argument("--bench", metavar="runs/NAME", nargs="?", required=True, const="", help="on the policy of this run; without one, random weights, which hide what sharing gains")
+    parser.add_argument("--bench", metavar="runs/NAME", nargs="?", required=True, const="",
+                        help="on the policy of this run; without one, random weights, which hide what sharing gains")
     parser.add_argument("--preset", choices=PRESETS, default="cpu", help="sizes of the random weights [cpu]")
     parser.add_argument("--repeats", type=int, default=5, help="how often each way is timed [5]")
     parser.error = lambda message: parser.exit(2, f"model.py: {message}; see python model.py --help\n")
@@ -945,15 +955,19 @@ def main(argv=None):
         policy = new_policy(parse(["--preset", args.preset])[0], tokenizer).to(device)
     questions, T, rng = build_world({"labeled": 256})["labeled"], 72, random.Random(0)
     prompts = make_prompts(questions, tokenizer, policy.config.image_size)
-    examples = [Example(*prompt, tokenizer.response(write_reasoning(question, rng))) for prompt, question in zip(prompts, questions) for _ in range(2)]
+    examples = [Example(*prompt, tokenizer.response(write_reasoning(question, rng)))
+                for prompt, question in zip(prompts, questions) for _ in range(2)]
     where = torch.cuda.get_device_name() if device == "cuda" else f"{platform.machine()} CPU, {WORKERS} workers"
-    print(f"{args.bench or f'random weights, {args.preset} preset'}: {sum(p.numel() for p in policy.parameters()):,} parameters, {where}; tokens/s, medians of {args.repeats}")
+    size = sum(p.numel() for p in policy.parameters())
+    print(f"{args.bench or f'random weights, {args.preset} preset'}: {size:,} parameters, {where}; tokens/s, medians of {args.repeats}")
     found = {"sampling": bench_sampling(policy, prompts[:64], tokenizer.EOS, tokenizer.ids["\n"], T, args.repeats)}
     for work, speeds in found["sampling"].items():
-        print(f"{work:12} " + ", ".join(f"{name} {speed:,.0f}" + ("" if name == "sample" else f" ({speeds['sample'] / speed:.1f}x slower)") for name, speed in speeds.items()))
+        print(f"{work:12} " + ", ".join(f"{name} {speed:,.0f}" + f" ({speeds['sample'] / speed:.1f}x slower)" * (name != "sample")
+                                        for name, speed in speeds.items()))
     found["parts"] = bench_parts(policy, prompts, next(batches(examples, 32, rng, together=2)), tokenizer.EOS, T, args.repeats)
     for part, speeds in found["parts"].items():
-        print(f"{part:22} {speeds['ours']:,.0f}, its matrix products alone {speeds['products']:,.0f}: {100 * speeds['ours'] / speeds['products']:.0f} % of the ceiling")
+        ours, products = speeds["ours"], speeds["products"]
+        print(f"{part:22} {ours:,.0f}, its matrix products alone {products:,.0f}: {100 * ours / products:.0f} % of the ceiling")
     found["seconds"] = bench_growth(policy, prompts, tokenizer.EOS, T)
     for what, seconds in found["seconds"].items():
         print(f"seconds by {what}: " + ", ".join(f"{n}: {s:.2f}" for n, s in seconds.items()))

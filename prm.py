@@ -225,7 +225,8 @@ def audit(policy, prm, labels, questions, labeled, tokenizer, max_new_tokens, n=
     truths = [[oracle(question, text) for text in group] for question, group in zip(questions, texts)]
     result = {"responses": n * len(questions),
               "labels": against_truth([[right / label.rollouts for right in label.right] for label in labels],
-                                      [oracle(labeled[label.question], tokenizer.decode(label.tokens)) for label in labels], [label.question for label in labels]),
+                                      [oracle(labeled[label.question], tokenizer.decode(label.tokens)) for label in labels],
+                                      [label.question for label in labels]),
               "scores": against_truth([steps for group in scores for steps in group], [truth for group in truths for truth in group],
                                       [i for i, group in enumerate(scores) for _ in group])}
     # re-ranking
@@ -234,19 +235,21 @@ def audit(policy, prm, labels, questions, labeled, tokenizer, max_new_tokens, n=
     kept = sorted((i, text) for i, text in reward if grade(text, questions[i].answer) == "right")
     rewards = [reward[item] for item in kept]
     likely = {(i, text): sum(response.log_probs) for i, group in enumerate(texts) for text, response in zip(group, responses[i])}
-    chosen = {f"top_{k}": rerank(kept, rewards, "top", k, 0, 0) for k in (1, 2, 4)}
-    chosen |= {"likely_2": rerank(kept, [likely[item] for item in kept], "top", 2, 0, 0), "random_2": rerank(kept, rewards, "random", 2, 0, seed), "all": kept}
+    chosen = {**{f"top_{k}": rerank(kept, rewards, "top", k, 0, 0) for k in (1, 2, 4)},
+              "likely_2": rerank(kept, [likely[item] for item in kept], "top", 2, 0, 0),
+              "random_2": rerank(kept, rewards, "random", 2, 0, seed), "all": kept}
     result["selection"] = {name: {"responses": len(items), "false_step": float(np.mean([not true[item] for item in items])) if items else None}
                            for name, items in chosen.items()}
     top = set(chosen["top_2"])
     of_question = [[text for j, text in kept if j == i] for i in range(len(questions))]
     crowded = [(i, group) for i, group in enumerate(of_question) if len(group) > 2]
-    steps = {name: [text.count("\n") + 1 for i, group in crowded for text in group if ((i, text) in top) == inside] for name, inside in (("top_2", True), ("others", False))}
+    steps = {name: [text.count("\n") + 1 for i, group in crowded for text in group if ((i, text) in top) == inside]
+             for name, inside in (("top_2", True), ("others", False))}
     result["length"] = {name: float(np.mean(lengths)) if lengths else None for name, lengths in steps.items()}
 
     def means(value, inside):
         """Of each question: the mean over its Top-2, or over all of its right responses."""
-        groups = [[value(i, text) for text in group if not inside or (i, text) in top] if len(group) > 2 else [] for i, group in enumerate(of_question)]
+        groups = [[value(i, text) for text in group if len(group) > 2 and (not inside or (i, text) in top)] for i, group in enumerate(of_question)]
         return " ".join(f"{np.mean(group):.4g}" if group else "-" for group in groups)
 
     result["by_question"] = {f"{name}_{which}": means(value, which == "top_2") for which in ("top_2", "all") for name, value in (
@@ -292,8 +295,10 @@ def format_audit(result):
     for key, words in (("labels", "Monte-Carlo labels"), ("scores", "PRM scores")):
         for truth in ("step", "so_far"):
             same = result[key][truth]["all"]["same_question"]
-            cells = [f"{p}: {v['auc']:.2f} ({100 * v['balanced_accuracy']:.0f})" if v["auc"] is not None else f"{p}: -" for p, v in result[key][truth].items()]
-            lines.append(f"{words}, {truth.replace('_', ' '):<7} " + "  ".join(cells) + f"  same question and position: {'-' if same is None else format(same, '.2f')}")
+            cells = [f"{place}: " + ("-" if value["auc"] is None else f"{value['auc']:.2f} ({100 * value['balanced_accuracy']:.0f})")
+                     for place, value in result[key][truth].items()]
+            cells.append(f"same question and position: {'-' if same is None else format(same, '.2f')}")
+            lines.append(f"{words}, {truth.replace('_', ' '):<7} " + "  ".join(cells))
     lines.append("\nright and different responses with a false step")
     lines += [f"  {name:<9} {100 * v['false_step']:5.1f} % of {v['responses']:,}" for name, v in result["selection"].items() if v["responses"]]
     ways = ("best_of_n", "likeliest", "weighted_voting", "majority_voting", "oracle")
