@@ -500,7 +500,7 @@ class Tokenizer:
 # ---------------------------------------------------------------- contact sheet
 
 def write_preview(path, seed=0):
-    """A contact sheet as PNG: two questions of each task type and of each testbed, with question, one reasoning text and answer."""
+    """A contact sheet as PNG: four questions of each task type and of each testbed, with question, one reasoning text and answer."""
     sizes = dict.fromkeys(TESTBEDS, 8) | {"test": 20}
     world = build_world(sizes, seed)
     rows = [(task, [q for q in world["test"] if q.task == task][:4]) for task in TASKS]
