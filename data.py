@@ -96,11 +96,12 @@ def render(question, size=128):
     colour, height 1..9), ("rect", x, y, width, height, colour) in squares, ("shape", y, x, name, colour) in one square, ("item", row,
     column, name, colour, price 1..9): in one cell a shape and its price, ("cell", row, column, colour, value): a table cell.
     `look` "style" changes palette, background, line width and adds noise; "layout" shifts, rotates and rescales the whole.
-    Both are random, but the same for the same question."""
+    Both are random, but the same for the same question. (Their random number comes from the last four letters of the drawing's text, so
+    that there are only 13 looks of each: too few, but to change it would change the pictures that all results here were measured on.)"""
     if size % 64:
         raise ValueError(f"image size {size} is not a multiple of 64")
     u, px = size // 64, size // 4
-    chance = np.random.default_rng(int.from_bytes(repr(question.drawing).encode()[-400:], "big") % 2**32)
+    chance = np.random.default_rng(int.from_bytes(repr(question.drawing).encode()[-4:], "big"))
     styled = question.look == "style"
     tint = chance.integers(-28, 29, (len(COLOURS), 3)) if styled else np.zeros((len(COLOURS), 3), int)
     colours = {name: np.clip(np.array(rgb) + t, 0, 255) for (name, rgb), t in zip(COLOURS.items(), tint)}
@@ -433,7 +434,8 @@ def build_world(sizes, seed=0):
     {"base": 8000, "labeled": 2000, "unlabeled": 2000, "validation": 250, "test": 750, "style": 250, ...}.
 
     No two questions of any split share a picture. Splits are made in a fixed order, tests first, each from its own random
-    stream, so that the test questions stay the same whatever the sizes of the training splits. Task types take turns."""
+    stream, so that the test questions stay the same whatever the sizes of the training splits. Task types take turns.
+    ValueError names a split that is unknown, or for which there are not enough different pictures."""
     seen, world = set(), {}
     order = ("test", "validation", *TESTBEDS, "labeled", "unlabeled", "base")
     if unknown := sizes.keys() - set(order):
@@ -442,14 +444,19 @@ def build_world(sizes, seed=0):
         rng = random.Random(f"{seed}/{split}")
         templates = {"size": SIZE, "compose": COMPOSE}.get(split, IN_DOMAIN)
         by_task = [group for task in TASKS if (group := [template for template in templates if template.task == task])]
-        questions = world[split] = []
+        questions, in_vain = [], 0
+        world[split] = questions
         while len(questions) < sizes.get(split, 0):
             number = len(questions)
             template = rng.choice(by_task[number % len(by_task)])
             question = _make(rng, template, f"{split}/{number}", split if split in ("style", "layout") else "plain", split == "wording")
+            in_vain += 1
             if question.drawing not in seen:
+                in_vain = 0
                 seen.add(question.drawing)
                 questions.append(question)
+            if in_vain == 10_000:                                  # there are only 17,280 pictures of two rectangles
+                raise ValueError(f"no new picture for question {number} of the split {split}: ask for fewer questions (--labeled, --base_images)")
     return world
 
 

@@ -945,6 +945,8 @@ def main(argv=None):
     parser.add_argument("--repeats", type=int, default=5, help="how often each way is timed [5]")
     parser.error = lambda message: parser.exit(2, f"model.py: {message}; see python model.py --help\n")
     args = parser.parse_args(argv)
+    if args.repeats < 1:
+        parser.error(f"--repeats {args.repeats}: must be at least 1")
     tokenizer, device = Tokenizer(), "cuda" if torch.cuda.is_available() else "cpu"
     if args.bench:
         try:

@@ -5,9 +5,12 @@ Paper (arXiv 2412.17451v3, "Diving into Self-Evolving Training for Multimodal Re
     generate (sample L responses per question), improve (keep those the reward accepts, SFT on them), with the weights, the
     optimizer state and the schedule carried from round to round: "Continuous Self-Evolving". M-STaR adds a process reward
     model (prm.py) to the filter and chooses the sampling temperature by what that model finds (choose_temperature).
-Read:     Config -> main -> stage_base -> stage_warmup -> stage_prm -> self_evolve -> monitor   (top-down: in the order it runs)
+Read:     self_evolve (the paper's algorithm) first, then top-down: Config -> run -> stage_base -> stage_warmup -> stage_prm ->
+          self_evolve -> monitor -> choose_temperature, in the order they run
 Departs:  the base model is trained here, from scratch, on a stated diet (stage_base); the paper starts from a pretrained LMM.
           The learning rate is larger (the paper: 1e-6 for 8B parameters) and rounds are counted in updates, not epochs.
+          A sweep keeps the temperature unless another is better by more than the standard error (choose_temperature; the paper takes
+          the best); the first sweep is on pi_0, before any training. Reward-Pass@K ranks L responses at a time (monitor).
           Unlabeled questions replace half of the labeled ones instead of coming on top (questions_of).
           Pixels, words and questions come from data.py's world.
 Run:      python mstar.py [--preset cpu|gpu|test] [--seed N] [--out runs/NAME] [any field of Config]
@@ -68,10 +71,6 @@ METHODS = {     # the rows of the paper's tables, as bundles of switches; "sft" 
 ROWS = {"sft": "SFT (direct answers)", "prm": "+ PRM re-rank", "mstar": "M-STaR"}      # names in the result table, where they differ
 SIZES = {"table5": {"small": 0.5, "": 1.0, "large": 1.5}}          # an experiment with policies of several widths, as factors
 COMPARED = "sft,continuous,prm,mstar"                               # what `python mstar.py` runs
-# What a response and an update of a stage cost, in responses of true length and updates of worked examples (`expected_minutes`)
-WEIGHTS = {"warm-up": 0.9, "PRM": 1.6, "self-evolving": 1.0, "watching": 1.5, "sweeps": 0.75, "audit": 2.4, "tests": 2.6,
-           "base update": 1.5, "SFT update": 0.7}
-SCALED = ("base_caption_updates", "base_updates", "warmup_questions", "warmup_updates", "prm_questions", "passes", "evolve_updates")  # by --minutes
 SHOWN = 2                                                          # questions of each task type and testbed that the report shows
 GRID = [round(0.3 + 0.1 * i, 1) for i in range(14)]                # the temperatures of a sweep, 0.3 .. 1.6
 
@@ -129,7 +128,7 @@ class Config:
     interval: float = 0.25               # share of the labeled questions per iteration
     select: str = "all"                  # which right responses are trained on: all, top, threshold or random
     keep_top: int = 2                    # responses per question that top and random keep
-    threshold: float = 0.25              # smallest reward R_p that threshold keeps; about 0.4 of pi_0's right and different responses (the paper's is not published)
+    threshold: float = 0.25              # smallest reward R_p that threshold keeps: about 0.7 of pi_0's right and different responses (the paper's is unknown)
     unlabeled: str = "none"              # half of the questions from the unlabeled split: none, oracle (with the true answers) or vote (PRM-weighted)
     mix_in: float = 0.0                  # share of the iterations before unlabeled questions join
     temperature: str = "1.0"             # of the sampled responses: a number, or adaptive: 1.0 at first, then as the sweeps say
@@ -167,9 +166,9 @@ class Config:
 
 PRESETS = {
     "cpu": {},                                                     # the defaults above: a laptop, 2 cores
-    "test": dict(labeled=40, validation=10, test=20, testbed=5, width=32, layers=1, heads=2, kv_heads=1, vision_width=16, vision_layers=1,
+    "test": dict(labeled=48, validation=10, test=20, testbed=5, width=32, layers=1, heads=2, kv_heads=1, vision_width=16, vision_layers=1,
                  base_images=60, base_arithmetic=20, base_worked=20, base_worked_with_answer=20, base_caption_updates=4, base_updates=4,
-                 warmup_questions=10, warmup_rollouts=2, warmup_updates=3, prm_questions=20, prm_rollouts=2, passes=0.5,
+                 warmup_questions=10, warmup_rollouts=2, warmup_updates=3, prm_questions=20, prm_rollouts=2, passes=1.0,
                  rollouts_per_question=2, evolve_updates=4, batch_size=8, lr_warmup_updates=2, monitor_rollouts=4, max_new_tokens=24),
     # sized on paper for one GPU of 16-24 GB and an hour; not measured yet
     "gpu": dict(labeled=20000, patch_size=8, vision_width=256, vision_layers=4, vision_heads=4, width=384, layers=6, heads=6, kv_heads=6,
@@ -188,7 +187,7 @@ def main(argv=None):
     if cfg.experiment:
         return experiment(cfg, preset, command)
     out = out or new_folder(cfg, preset)
-    with stopped_cleanly(f"--resume {out}"), alone_in(out):
+    with stopped_cleanly(" ".join(argv), out), alone_in(out):
         if not (out / "report.json").exists():
             write_json(out / "report.json", run(cfg, preset, out, command))
         shutil.rmtree(out / "checkpoint", ignore_errors=True)
@@ -201,31 +200,43 @@ def main(argv=None):
 def experiment(cfg, preset, command):
     """One of the paper's tables: its arms for each seed (and size), one after another, then the table and the verdicts on its claims.
     Each seed has a folder of its own, in which base, pi_0, PRM and finished arms stay, for this and for other tables.
-    Writes results/PRESET-EXPERIMENT.json, and .html to look at, and returns what the first holds."""
-    folder, reports = Path(cfg.out or f"runs/{preset}-experiments"), []
+    Writes results/PRESET-EXPERIMENT.json, and .html to look at, and returns what the first holds; with --out, or if results/ has it of
+    more seeds already, into the folder of the runs."""
+    folder, reports, file = Path(cfg.out or f"runs/{preset}-experiments"), [], Path(f"results/{preset}-{cfg.experiment}.json")
     for size, factor in SIZES.get(cfg.experiment, {"": 1.0}).items():
         for seed in range(cfg.seeds):
             out = folder / "-".join([f"seed{seed}", *size.split()])
-            sized = replace(cfg, seed=seed, out=str(out), **{name: round(factor * getattr(cfg, name)) for name in ("width", "vision_width", "heads")},
-                            kv_heads=round(factor * cfg.heads) if cfg.kv_heads == cfg.heads else cfg.kv_heads)
+            sized = replace(of_size(cfg, factor), seed=seed, out=str(out))
             with stopped_cleanly(command.removeprefix("python mstar.py ")):
                 out.mkdir(parents=True, exist_ok=True)
                 with alone_in(out):
                     reports.append({"size": size or "medium", **run(same_as_before(sized, out), preset, out, command)})
     result = make_experiment(cfg.experiment, reports, command)
     with stopped_cleanly(command.removeprefix("python mstar.py ")):
-        Path("results").mkdir(exist_ok=True)
-        write_json(f"results/{preset}-{cfg.experiment}.json", result)
-        write_experiment_html(f"results/{preset}-{cfg.experiment}.html", result)
-    print(format_experiment(result))
+        if cfg.out or file.exists() and len(json.loads(file.read_text())["seeds"]) > cfg.seeds:
+            file = folder / file.name
+        file.parent.mkdir(exist_ok=True)
+        write_json(file, result)
+        write_experiment_html(file.with_suffix(".html"), result)
+    print(f"{format_experiment(result)}\n\nwrote {file} and {file.with_suffix('.html')}")
     return result
+
+
+def of_size(cfg, factor):
+    """The Config with a policy of `factor` times the width, its heads of the same size."""
+    kv_heads = round(factor * cfg.heads) if cfg.kv_heads == cfg.heads else cfg.kv_heads
+    return replace(cfg, kv_heads=kv_heads, **{name: round(factor * getattr(cfg, name)) for name in ("width", "vision_width", "heads")})
 
 
 def run(cfg, preset, out, command):
     """All stages of one run, with the arms that cfg names; returns its report. What `done` keeps is not computed again."""
     began, device = time.time(), cfg.device or available()[0]
     torch.manual_seed(cfg.seed)
-    world, tokenizer = build_world(cfg.splits, cfg.world_seed), Tokenizer()
+    try:
+        world, tokenizer = build_world(cfg.splits, cfg.world_seed), Tokenizer()
+    except ValueError as error:
+        print(f"mstar.py: {error}", file=sys.stderr)
+        sys.exit(2)
     done = Checkpoint(out / "checkpoint", tokenizer, device)
     policy = new_policy(cfg, tokenizer).to(device)
     begun = (out / "config.json").exists()
@@ -240,15 +251,15 @@ def run(cfg, preset, out, command):
         warm = done.network("pi_0", lambda: stage_warmup(cfg, base, world, tokenizer, done))
         save_policy(warm, out / "warmup.safetensors", tokenizer.symbols)
     arms, prm, prm_metrics, audited, iterations, rows = arms_of(cfg), None, None, None, [], []
-    if any(needs_prm(arm) for arm in arms.values()):
+    if any(needs_prm(switches) for arm, switches in arms.items() if arm != "sft"):
         with done.stage("PRM"):
             prm, prm_metrics, labels = stage_prm(cfg, warm, world, tokenizer, out, done)
         with done.stage("audit"):
             audited = done.once("audit", lambda: audit(warm, prm, labels, world["test"], world["labeled"], tokenizer, cfg.max_new_tokens))
             write_json(out / "audit.json", audited)
 
-    def test(name, policy):
-        with done.stage("tests"):
+    def test(name, policy, stage="tests"):
+        with done.stage(stage):
             return evaluate_policy(name, policy, world, tokenizer, cfg.max_new_tokens)
 
     def run_arm(arm, switches):
@@ -258,7 +269,7 @@ def run(cfg, preset, out, command):
                 policy, metrics = stage_direct_sft(cfg, base, world, tokenizer, done), []
             else:
                 policy, metrics = self_evolve(switches, arm, warm, prm, world, tokenizer, done, iterations)
-        row = test(ROWS.get(arm, arm), policy)
+        row = test(ROWS.get(arm, arm), policy, f"{arm}: tests")
         if arm == cfg.method:
             save_policy(policy, out / "policy.safetensors", tokenizer.symbols)
         return {"row": row, "iterations": metrics}
@@ -268,7 +279,11 @@ def run(cfg, preset, out, command):
         result = done.once(f"arm {arm}", lambda: run_arm(arm, switches))
         shutil.rmtree(done.folder / arm, ignore_errors=True)       # its last weights
         rows, iterations = [*rows, result["row"]], iterations + result["iterations"]
-    seconds = {name: s for name, s in done.seconds.items() if name not in METHODS or name in arms}         # not those of other tables' arms
+    seconds = Counter()
+    for name, s in done.seconds.items():                           # not those of other tables' arms
+        arm, _, what = name.partition(": ")
+        if arm in arms or arm not in METHODS and (prm or arm not in ("PRM", "audit")):
+            seconds[what or name] += s
     command = load_tensors(out / "config.json")[1]["command"]
     return make_report(command, cfg, preset, device, world, rows, iterations, prm_metrics, audited, seconds)
 
@@ -377,7 +392,7 @@ def stage_prm(cfg, warm, world, tokenizer, out, done):
     save_policy(prm, out / "prm.safetensors", tokenizer.symbols)
     write_json(out / "labels.json", [label._asdict() for label in labels])
     print(f"PRM       on {metrics['steps']:,} steps of held-out questions: AUC {share(metrics['auc'], 1)}, balanced accuracy "
-          f"{share(metrics['balanced_accuracy'], 1)}, {share(metrics['good'], 1)} good steps, loss {metrics['loss']:.3f}", flush=True)
+          f"{share(metrics['balanced_accuracy'], 1)}, {share(metrics['good'], 1)} good steps; training loss {metrics['loss']:.3f}", flush=True)
     return prm, metrics, labels
 
 
@@ -391,38 +406,38 @@ def self_evolve(cfg, arm, warm, prm, world, tokenizer, done, earlier=()):
     optimizers, schedules = new_optimizers(policy, cfg.evolve_lr, cfg.lr_warmup_updates)
     start = 1.0 if cfg.temperature == "adaptive" else float(cfg.temperature)
     temperature, metrics = done.load(arm, policy, optimizers, schedules) or (start, [])
-    for iteration in range(len(metrics), cfg.iterations + 1):
+    for iteration in range(len(metrics), cfg.iterations + 1):      # iteration 0 only looks at pi_0; after a stop, the first that is not in metrics
         began, trained = time.time(), {}
         if iteration > 0:
-            # 1. Generate: L responses to the next questions from the current policy
-            questions, known = questions_of(cfg, iteration, world)
+            # 1. Generate: L responses to the next questions from the current policy (done.once: or those that were kept before a stop)
+            questions, n_labeled = questions_of(cfg, iteration, world)
             prompts = make_prompts(questions, tokenizer, cfg.image_size)
             texts, tokens, sampling = done.once(f"{arm} {iteration} responses", lambda: generate(
                 policy, prompts, tokenizer, cfg, temperature, seed_of(cfg, "generate", iteration), f"{arm} {iteration}: responses"))
             # 2. Reward: H(1(a == a*) R_p): of the right and different responses, those that the PRM ranks highest
-            golds = questions[:known] + pseudo_labeled(cfg, prm, questions[known:], prompts[known:], texts[known:], tokenizer)
-            right, counts = keep_right(golds, texts)
+            answered = questions[:n_labeled] + pseudo_labeled(cfg, prm, questions[n_labeled:], prompts[n_labeled:], texts[n_labeled:], tokenizer)
+            right, counts = keep_right(answered, texts)            # right and kept: [(question index, text)]
             kept = select(cfg, prm, prompts, right, tokenizer, iteration)
             # 3. Improve: SFT on them, from the last checkpoint with a living optimizer ("continuous") or as the switches say
             if cfg.start_from == "warmup":
                 policy.load_state_dict(warm.state_dict())
             if cfg.optimizer == "reset":
                 optimizers, schedules = new_optimizers(policy, cfg.evolve_lr, cfg.lr_warmup_updates)
-            first, last = (round(cfg.evolve_updates * i / cfg.iterations) for i in (iteration - 1, iteration))
-            training, examples = time.time(), as_examples(prompts, kept, tokenizer)
-            loss = train(policy, optimizers, schedules, examples, last - first, cfg, f"{arm} {iteration}: SFT", done, seed=iteration)
-            trained = {**training_metrics(questions, golds, known, counts, right, kept), "updates": last - first if kept else 0, "loss": loss,
-                       "tokens": tokens, "sampling_seconds": round(sampling, 1), "training_seconds": round(time.time() - training, 1)}
+            so_far, after = (round(cfg.evolve_updates * i / cfg.iterations) for i in (iteration - 1, iteration))
+            began_training, updates, examples = time.time(), after - so_far, as_examples(prompts, kept, tokenizer)
+            loss = train(policy, optimizers, schedules, examples, updates, cfg, f"{arm} {iteration}: SFT", done, seed=iteration)
+            trained = {**training_metrics(questions, answered, n_labeled, counts, right, kept), "updates": updates if kept else 0, "loss": loss,
+                       "tokens": tokens, "sampling_seconds": round(sampling, 1), "training_seconds": round(time.time() - began_training, 1)}
         # 4. Watch exploitation (greedy) and exploration (pass@k) on validation questions; every other time, balance them: the
         #    temperature of the next responses becomes the one at which the PRM finds most to exploit
         sweep = cfg.temperature == "adaptive" and iteration % cfg.sweep_every == 0 and iteration < cfg.iterations
-        look = sweep or cfg.watch_every and iteration % cfg.watch_every == 0
-        watched = monitor(cfg, policy, prm, world, tokenizer, iteration, temperature, look)
+        only_look = not sweep and cfg.watch_every and iteration % cfg.watch_every == 0
+        watched = monitor(cfg, policy, prm, world, tokenizer, iteration, temperature, sweep or only_look)
+        if only_look:
+            watched["sweep"]["chosen"] = temperature
         metrics.append({"arm": arm, "iteration": iteration, **watched, **trained, "seconds": round(time.time() - began, 1)})
         if arm == cfg.method:
             write_samples(done.folder.parent / "samples", cfg, iteration, policy, warm, prm, world, tokenizer, temperature)
-        if look and not sweep:
-            watched["sweep"]["chosen"] = temperature
         temperature = watched["sweep"]["chosen"] if sweep else temperature
         log(done.folder.parent, [*earlier, *metrics])
         done.save(arm, policy, optimizers, schedules, temperature, metrics)
@@ -450,9 +465,10 @@ def response_rewards(prm, prompts, right, tokenizer):
     return [min(steps) for (steps,) in scores]
 
 
-def training_metrics(questions, golds, known, counts, right, kept):
-    """What an iteration was trained on, in the words of metrics.jsonl. golds: the questions with the answers that were gone by."""
-    pseudo, unlabeled = [gold.answer == question.answer for gold, question in zip(golds[known:], questions[known:])], len(questions) - known
+def training_metrics(questions, answered, n_labeled, counts, right, kept):
+    """What an iteration was trained on, in the words of metrics.jsonl. answered: the questions with the answers that were gone by."""
+    unlabeled = len(questions) - n_labeled
+    pseudo = [voted.answer == question.answer for voted, question in zip(answered[n_labeled:], questions[n_labeled:])]
     return {"queries": len(questions), "responses": counts["responses"], "correct": counts["right"], "right": len(right), "kept": len(kept),
             "none_right": counts["none_right"], "all_right": counts["all_right"],
             "right_false_step": false_steps(questions, right) / max(1, len(right)),
@@ -471,7 +487,7 @@ def questions_of(cfg, iteration, world):
 
     # how many iterations have had unlabeled ones, this one included
     joined = 0 if cfg.unlabeled == "none" else max(0, iteration - round(cfg.mix_in * cfg.iterations))
-    half = cfg.queries // 2
+    half = cfg.queries // 2                                        # with 4 an iteration, joined at the second: labeled 0-3; 4-5 and unlabeled 0-1; 6-7 and 2-3
     before, now = (iteration - 1) * cfg.queries - half * max(0, joined - 1), cfg.queries - half * bool(joined)
     return part("labeled", before, before + now) + part("unlabeled", half * max(0, joined - 1), half * joined), now
 
@@ -503,14 +519,14 @@ def false_steps(questions, kept):
     return sum(not all(oracle(questions[i], text)) for i, text in kept)
 
 
-def monitor(cfg, policy, prm, world, tokenizer, iteration, temperature, sweep):
+def monitor(cfg, policy, prm, world, tokenizer, iteration, temperature, all_temperatures):
     """Metrics on the validation questions: one greedy response each and `monitor_rollouts` sampled ones, at `temperature` and, if
-    `sweep`, at every temperature of the grid: in one call, with the same random numbers at every temperature and iteration.
+    `all_temperatures`, at every one of the grid: in one call, with the same random numbers at every temperature and iteration.
     pass@k is over all of a temperature's n responses. Reward-Pass@k is over as many as a training question gets, L, and the mean
     of the n / L groups of that size: with twice the responses to choose from, hotter sampling would look better than it trains."""
     questions, n = world["validation"], cfg.monitor_rollouts
     L = min(cfg.rollouts_per_question, n)
-    grid = sorted({temperature, *GRID}) if sweep else [temperature]
+    grid = sorted({temperature, *GRID}) if all_temperatures else [temperature]
     prompts = make_prompts(questions, tokenizer, cfg.image_size)
     temperatures = torch.tensor([0.0] + [t for t in grid for _ in range(n)])
     texts, responses = sample_texts(policy, prompts, tokenizer, 1 + n * len(grid), temperatures, cfg.max_new_tokens, seed_of(cfg, "monitor"),
@@ -543,8 +559,8 @@ def monitor(cfg, policy, prm, world, tokenizer, iteration, temperature, sweep):
                "truncated": sum(not response.complete for response in sampled) / len(sampled)}
     if prm:                                                        # does the PRM, fixed since pi_0, still know this policy's right responses?
         metrics["mean_reward"], metrics["reward_auc"] = float(rewards[:, now].mean()), auc(right[:, now].ravel(), rewards[:, now].ravel())
-    if sweep:
-        aim = "pass_at_k" if cfg.adapt_by == "pass_at_k" else f"reward_pass_at_{min(cfg.keep_top, L)}"
+    if all_temperatures:
+        aim = "pass_at_k" if cfg.adapt_by == "pass_at_k" or not prm else f"reward_pass_at_{min(cfg.keep_top, L)}"
         metrics["sweep"] = choose_temperature({t: values[aim] for t, values in surface.items()}, temperature) | {
             "aim": aim, "surface": {str(t): {name: float(v.mean()) for name, v in values.items()} for t, values in surface.items()},
             "any_right": {str(t): " ".join(f"{v:g}" for v in values["pass_at_k"]) for t, values in surface.items()}}         # pass@k of each question
@@ -704,18 +720,20 @@ def alone_in(out):
 
 
 @contextmanager
-def stopped_cleanly(again):
-    """One line instead of a traceback for what can stop a run from outside, and how to go on: python mstar.py `again`."""
+def stopped_cleanly(again, out=None):
+    """One line instead of a traceback for what can stop a run from outside, and how to go on: python mstar.py `again`, or --resume out
+    once there is something to resume."""
     try:
         yield
     except KeyboardInterrupt:
         line, status = "stopped", 130
     except OSError as error:                                       # disk full, folder gone or read-only
-        line, status = f"{error.filename or again}: {error.strerror or error}", 2
+        line, status = f"{error.filename or out or again}: {error.strerror or error}", 2
     except FloatingPointError as error:
         line, status = str(error), 1
     else:
         return
+    again = f"--resume {out}" if out and (out / "config.json").exists() else again
     print(f"mstar.py: {line}; what was saved is whole, go on with: python mstar.py {again}", file=sys.stderr)
     sys.exit(status)
 
@@ -757,7 +775,7 @@ def parse(argv):
     may_be_0 = ("seed", "world_seed", "base_arithmetic", "base_worked", "base_worked_with_answer", "base_caption_updates", "vision_layers",
                 "watch_every")
     for f in fields(Config):
-        value, least = getattr(cfg, f.name), 2 if f.name == "prm_questions" else int(isinstance(f.default, int) and f.name not in may_be_0)
+        value, least = getattr(cfg, f.name), {"prm_questions": 2, "labeled": 2, "test": len(TASKS)}.get(f.name, int(isinstance(f.default, int) and f.name not in may_be_0))
         if not isinstance(value, str) and (not math.isfinite(value) or value < least):
             parser.error(f"--{f.name} {value}: must be at least {least}")
     if not 0 < cfg.interval <= 1:
@@ -766,10 +784,19 @@ def parse(argv):
         parser.error(f"--mix_in {cfg.mix_in}: must be below 1, the share of the iterations before unlabeled questions join")
     if cfg.image_size % 64:
         parser.error(f"--image_size {cfg.image_size}: must be a multiple of 64")
+    if cfg.seeds > 1 and not cfg.experiment:
+        parser.error(f"--seeds {cfg.seeds}: only with --experiment; one run has one --seed")
+    if cfg.experiment == "dynamics" and min(cfg.rollouts_per_question, cfg.monitor_rollouts) < 2:
+        parser.error("--experiment dynamics: Reward-Pass@2 needs at least 2 --rollouts_per_question and --monitor_rollouts")
     try:
-        ModelConfig(vocabulary=1, **sizes_of(cfg))
+        for size, factor in SIZES.get(cfg.experiment, {"": 1.0}).items():
+            ModelConfig(vocabulary=1, **sizes_of(of_size(cfg, factor)))
     except ValueError as error:
-        parser.error(f"--{error}")
+        parser.error(f"--{error}" + f" (in the {size} policy of {cfg.experiment})" * bool(size))
+    loops = [switches for arm, switches in arms_of(cfg).items() if arm != "sft"]
+    if len({loop.iterations * loop.queries for loop in loops}) > 1 or cfg.minutes and len({loop.interval for loop in loops}) > 1:
+        parser.error(f"--passes {cfg.passes:g} of --labeled {cfg.labeled}: arms of different --interval would ask different numbers of questions; "
+                     "take whole passes, without --minutes, and a number of questions that every interval divides")
     return cfg, preset, folder and Path(folder)
 
 
@@ -806,8 +833,8 @@ def same_as_before(cfg, out):
 
 
 def arms_of(cfg):
-    """{method: Config} of the arms to run: --method with the switches as they are, the others with their own."""
-    plain = {name: getattr(Config, name) for name in METHODS.get(cfg.method, ())}
+    """{method: Config} of the arms to run. A switch that was typed is for the arm of --method; the others have their own bundles."""
+    plain = {name: getattr(Config, name) for bundle in METHODS.values() for name in bundle}
     return {arm: cfg if arm == cfg.method else replace(cfg, **{**plain, **METHODS[arm]}) for arm in cfg.arms.split(",")}
 
 
@@ -824,7 +851,8 @@ def new_folder(cfg, preset):
         out, number = Path("runs") / f"{preset}-{cfg.method}-seed{cfg.seed}-{number}", number + 1
     try:
         out.mkdir(parents=True, exist_ok=True)
-        if any(out.iterdir()):
+        left = [path for path in out.rglob("*") if path not in (out / "lock", out / "checkpoint")]     # these two if it was stopped in its first seconds
+        if left:
             raise OSError("not empty; nothing is overwritten, choose a new name, or go on with a stopped run by --resume")
         if not os.access(out, os.W_OK):
             raise OSError("not writable")
@@ -834,13 +862,22 @@ def new_folder(cfg, preset):
     return out
 
 
+# What a response and an update of a stage cost, in responses of true length and updates of worked examples (`expected_minutes`)
+WEIGHTS = {"warm-up": 0.9, "PRM": 1.6, "self-evolving": 1.0, "watching": 1.5, "sweeps": 0.75, "audit": 2.4, "tests": 2.6,
+           "base update": 1.5, "SFT update": 0.7}
+SCALED = ("base_caption_updates", "base_updates", "warmup_questions", "warmup_updates", "prm_questions", "passes", "evolve_updates")  # by --minutes
+
+
 def work_of(cfg):
     """(responses, updates) of a run by stage: what its cost is made of."""
     arms = arms_of(cfg)
-    loops, with_prm = [switches for arm, switches in arms.items() if arm != "sft"], any(map(needs_prm, arms.values()))
-    sweeps = sum(len(range(0, loop.iterations, loop.sweep_every)) for loop in loops if loop.temperature == "adaptive")
+    loops = [switches for arm, switches in arms.items() if arm != "sft"]
+    with_prm = any(map(needs_prm, loops))
+    sweeps = sum(bool((loop.temperature == "adaptive" and i % loop.sweep_every == 0 and i < loop.iterations) or (loop.watch_every and i % loop.watch_every == 0))
+                 for loop in loops for i in range(loop.iterations + 1))
     monitored = sum(loop.iterations + 1 for loop in loops)          # each time one greedy response and monitor_rollouts per temperature
-    responses = {"warm-up": cfg.warmup_questions * cfg.warmup_rollouts, "PRM": with_prm * cfg.prm_questions * cfg.prm_responses,
+    responses = {"warm-up": min(cfg.warmup_questions, cfg.labeled) * cfg.warmup_rollouts,
+                 "PRM": with_prm * min(cfg.prm_questions, cfg.labeled) * cfg.prm_responses,
                  "self-evolving": sum(loop.iterations * loop.queries * loop.rollouts_per_question for loop in loops),
                  "watching": cfg.validation * (1 + cfg.monitor_rollouts) * (monitored - sweeps),
                  "sweeps": cfg.validation * (1 + cfg.monitor_rollouts * len(GRID)) * sweeps,

@@ -132,8 +132,8 @@ class RewardModel(nn.Module):
 
 def train_prm(policy, questions, labels, tokenizer, how):
     """Train the PRM: binary cross-entropy of the head against the labels, all at once, to the end (a convex problem of five
-    numbers). The labels of the last tenth of the questions are held out. Returns (RewardModel, metrics on the held-out steps:
-    a step counts as good if more than half of its rollouts were right). At least two questions are needed."""
+    numbers). The labels of the last tenth of the questions are held out. Returns (RewardModel, metrics): `loss` is that of the
+    training, the others are of the held-out steps, of which one counts as good if more than half of its rollouts were right. At least two questions are needed."""
     prm = RewardModel(policy.config).to(policy.device)
     prm.policy.load_state_dict(policy.state_dict())
     prompts = make_prompts(questions, tokenizer, policy.config.image_size)
@@ -206,7 +206,7 @@ def weighted_vote(answers, weights):
 
 # ---------------------------------------------------------------- audit: what no one can do on real data
 
-def audit(policy, prm, labels, questions, labeled, tokenizer, max_new_tokens, n=16, seed=0):
+def audit(policy, prm, labels, questions, labeled, tokenizer, max_new_tokens, n=16):
     """Hold the PRM against the oracle, on n responses of `policy` (pi_0, which it was made for) per question at temperature 1.
     labels: the StepLabels it was trained on, of the questions `labeled`. Returns a dict of plain numbers:
 
@@ -220,7 +220,7 @@ def audit(policy, prm, labels, questions, labeled, tokenizer, max_new_tokens, n=
     by_question: numbers of each question, for paired comparisons, as text: is the answer right of greedy and of each way at N = n; mean
         false steps (shares of responses) and numbers of steps of the Top-2 and of all right and different ones ("-": fewer than three)."""
     prompts = make_prompts(questions, tokenizer, policy.config.image_size)
-    texts, responses = sample_texts(policy, prompts, tokenizer, n, 1.0, max_new_tokens, seed, "audit: responses")
+    texts, responses = sample_texts(policy, prompts, tokenizer, n, 1.0, max_new_tokens, 0, "audit: responses")
     scores = score(prm, prompts, [[response.tokens for response in group] for group in responses], tokenizer)
     truths = [[oracle(question, text) for text in group] for question, group in zip(questions, texts)]
     result = {"responses": n * len(questions),
@@ -237,7 +237,7 @@ def audit(policy, prm, labels, questions, labeled, tokenizer, max_new_tokens, n=
     likely = {(i, text): sum(response.log_probs) for i, group in enumerate(texts) for text, response in zip(group, responses[i])}
     chosen = {**{f"top_{k}": rerank(kept, rewards, "top", k, 0, 0) for k in (1, 2, 4)},
               "likely_2": rerank(kept, [likely[item] for item in kept], "top", 2, 0, 0),
-              "random_2": rerank(kept, rewards, "random", 2, 0, seed), "all": kept}
+              "random_2": rerank(kept, rewards, "random", 2, 0, 0), "all": kept}
     result["selection"] = {name: {"responses": len(items), "false_step": float(np.mean([not true[item] for item in items])) if items else None}
                            for name, items in chosen.items()}
     top = set(chosen["top_2"])

@@ -150,3 +150,15 @@ def test_preview_is_a_picture(tmp_path):
     with pytest.raises(SystemExit) as stop:
         data.main(["--preview", str(tmp_path / "no folder" / "sheet.png")])
     assert stop.value.code == 2
+
+
+def test_a_world_without_enough_pictures_is_an_error_and_no_endless_search(monkeypatch):
+    make, first = data._make, []
+
+    def again_and_again(*rest):
+        first.append(make(*rest))
+        return first[0]
+
+    monkeypatch.setattr(data, "_make", again_and_again)
+    with pytest.raises(ValueError, match="question 1 of the split labeled"):
+        data.build_world({"labeled": 5})

@@ -88,8 +88,22 @@ def test_a_verdict_of_one_run_and_of_several_effects():
     assert said == "holds" and found[0][0] == pytest.approx(up.mean()) and found[0][1] < up.mean() < found[0][2]
     assert verdict([[up.astype(float)], [none]])[0] == "unresolved" and verdict([[up.astype(float)], [-up.astype(float)]])[0] == "fails"
     assert verdict([[none * 0]], margin=0.01)[0] == "holds" and verdict([[none]], margin=0.01)[0] == "unresolved"
+    slightly = np.where(np.arange(400) % 2, 0.021, -0.039)[None]    # [-0.012, -0.006]: "not by more than a point" is neither shown nor refuted
+    assert verdict([[slightly]], margin=0.01)[0] == "unresolved" and verdict([[slightly]])[0] == verdict([[slightly - 0.01]], margin=0.01)[0] == "fails"
     barely = np.array([[1.0] * 6 + [-1.0] * 18 + [0.0] * 400])     # below 0 at 95 %, but not as the worst of twenty
     assert verdict([[-up.astype(float)] * 0 + [barely]])[0] == "fails" and verdict([[barely]] * 20)[0] == "unresolved"
+
+
+@pytest.mark.parametrize("runs, arms, most", [(2, 8, 1.55), (3, 6, 1.4)])
+def test_an_interval_over_runs_is_not_much_wider_than_it_has_to_be(runs, arms, most):
+    """Half of its width against 1.96 standard deviations of the effect, over made-up tables. Questions that each run answers by chance are in
+    the resampled questions and in the spread of the runs: counted twice, they would make it 1.5 to 1.7 times as wide."""
+    rng, effects, halves = np.random.default_rng(runs), [], []
+    for _ in range(300):
+        right = (rng.random((arms, runs, 300)) < rng.beta(1, 1, 300)).astype(float)
+        low, high = bootstrap_interval([right[0] - right[1]], draws=200, luck=luck_of_runs(right.mean(axis=2)))
+        effects, halves = [*effects, (right[0] - right[1]).mean()], [*halves, (high - low) / 2]
+    assert 0.95 < np.mean(halves) / (1.96 * np.std(effects)) < most
 
 
 def test_luck_of_runs_is_what_arm_and_seed_leave():
@@ -261,7 +275,7 @@ def test_runs_are_compared_on_the_same_questions(tmp_path, capsys):
         folders.append(tmp_path / name)
         folders[-1].mkdir()
         base = {"name": "base", "graded": {split: "w" * 40 for split in graded}}
-        report = {"rows": [base, row], "gain_over": {"base": {}}, "config": {"world_seed": 0, "test": 40, "testbed": 40}}
+        report = {"rows": [base, row], "gain_over": {"base": {}}, "config": {"world_seed": 0, "validation": 10, "test": 40, "testbed": 40}}
         (folders[-1] / "report.json").write_text(json.dumps(report))
     evaluate.main(list(map(str, folders)))
     result = json.loads((folders[0] / "comparison.json").read_text())

@@ -7,7 +7,8 @@ import re
 import pytest
 
 import mstar
-from evaluate import CLAIMS, TABLES, dynamics_claims, format_experiment, write_experiment_html
+from data import TASKS, TESTBEDS
+from evaluate import CLAIMS, TABLES, claims_of, dynamics_claims, format_experiment, write_experiment_html
 
 FLAGS = ["--preset", "test", "--validation", "6", "--test", "10", "--testbed", "3", "--prm_questions", "6", "--base_images", "30", "--labeled", "16", "--passes", "1", "--threshold", "0",
          "--max_new_tokens", "8"]
@@ -80,7 +81,7 @@ def test_an_experiment_goes_on_where_it_was_stopped(tmp_path, monkeypatch, capsy
         mstar.main(flags)
     assert stop.value.code == 130 and f"go on with: python mstar.py {' '.join(flags)}\n" in capsys.readouterr().err and not (tmp_path / "results").exists()
     mstar.main(flags)
-    assert begun == ["continuous", "random_2", "threshold", "threshold", "top_1", "prm", "top_4"] and (tmp_path / "results" / "test-table2.json").exists()
+    assert begun == ["continuous", "random_2", "threshold", "threshold", "top_1", "prm", "top_4"] and (tmp_path / "mine" / "test-table2.json").exists() and not (tmp_path / "results").exists()
     with pytest.raises(SystemExit) as stop:                        # with other values the folder is another experiment's
         mstar.main([*flags, "--rollouts_per_question", "3"])
     error = capsys.readouterr().err
@@ -92,6 +93,44 @@ def test_an_experiment_goes_on_where_it_was_stopped(tmp_path, monkeypatch, capsy
         mstar.main(flags)
     assert damaged.value.code == 2
     assert stop.value.code == 2 and f"its own command: python mstar.py {' '.join(flags)}" in capsys.readouterr().err
+
+
+def test_a_result_of_more_seeds_is_not_overwritten(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(mstar, "run", lambda *a: {})
+    monkeypatch.setattr(mstar, "make_experiment", lambda name, reports, command: {"seeds": list(range(len(reports)))})
+    monkeypatch.setattr(mstar, "format_experiment", lambda result: "the table")
+    monkeypatch.setattr(mstar, "write_experiment_html", lambda *a: None)
+    flags, file = ["--preset", "test", "--experiment", "table2"], tmp_path / "results" / "test-table2.json"
+    for seeds, kept in ((2, 2), (1, 2), (3, 3)):
+        mstar.main([*flags, "--seeds", str(seeds)])
+        assert json.loads(file.read_text())["seeds"] == list(range(kept))
+        assert ("wrote results/" if seeds == kept else "wrote runs/test-experiments/test-table2.json") in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["table1", "table2", "table3", "table4", "table5"])
+def test_claims_say_which_arm_is_better(name):
+    """For each pair of a claim: the first arm right everywhere and all others wrong, then the second."""
+    def effects(best, size="medium"):
+        arms = [{"arm": arm, "size": s, "responses": 1, "row": {"id": {"all": 0.5}, "graded": dict.fromkeys(("test", *TESTBEDS), ("r" if (arm, s) == (best, size) else "w") * 5)}}
+                for s in ("small", "medium", "large") for arm in TABLES[name]]
+        verifier = {"best_of_n": "0 0", "weighted_voting": "0 0", "majority_voting": "1 1", "false_all": "0.5 -", "false_top_2": "0.25 -", "steps_all": "4 -", "steps_top_2": "3 -"}
+        return {(words, effect): float(sum(group.mean() for group in groups)) / len(groups)
+                for _, words, parts, *_ in claims_of(name, arms, [{"tasks": " ".join(TASKS), "verifier": verifier}]) for effect, groups in parts.items()}
+
+    called = {arm: words for arm, (words, *_) in TABLES[name].items()}
+    for _, words, pairs, _ in CLAIMS.get(name, []):
+        for better, worse in pairs:
+            key = words, f"{called[better]} over {called[worse]}"
+            assert effects(better)[key] == 1 and effects(worse)[key] == -1
+    if name in ("table4", "table5"):
+        size = {"table4": "medium", "table5": "large"}[name]
+        mine = {effect: value for (words, effect), value in effects("mstar", size).items() if "every task type" in words}
+        assert mine == dict.fromkeys((*TASKS, *TESTBEDS), 1.0)
+    if name == "table5":
+        assert [effects("mstar", size)["the smallest policy gains least out of domain", "gain of large over gain of small"] for size in ("large", "small", "medium")] == [1, -1, 0]
+    if name == "table2":                                           # the question without two right ones to leave out counts 0
+        assert [value for (words, _), value in effects("prm").items() if "verif" in words or "voting" in words or "Top-2 " in words and "over Top-2" in _] [-4:] == [1, 1, 0.125, 0.5]
 
 
 def test_claims_on_dynamics_measure_what_they_say():

@@ -16,7 +16,7 @@ from model import Example, collate, new_optimizers
 from mstar import Checkpoint, Config, keep_right, parse
 from prm import RewardModel
 
-TINY = ["--preset", "test"]
+TINY = ["--preset", "test", "--passes", "0.5"]
 UNKEPT = SimpleNamespace(training=None)                            # a training that is not saved
 
 
@@ -154,9 +154,9 @@ def test_an_iteration_without_right_responses_goes_on(world, tokenizer, tmp_path
     torch.manual_seed(0)
     policy = mstar.new_policy(cfg, tokenizer)
     prm = RewardModel(policy.config)
-    mstar.self_evolve(cfg, "mstar", policy, prm, {"labeled": world["labeled"][:40], "validation": world["validation"][:5]}, tokenizer, done)
+    mstar.self_evolve(cfg, "mstar", policy, prm, {"labeled": world["labeled"][:48], "validation": world["validation"][:5]}, tokenizer, done)
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    assert len(lines) == 3 and lines[1]["kept"] == 0 and lines[1]["updates"] == 0 and lines[1]["loss"] is None and lines[1]["none_right"] == 10
+    assert len(lines) == 3 and lines[1]["kept"] == 0 and lines[1]["updates"] == 0 and lines[1]["loss"] is None and lines[1]["none_right"] == 12
     assert "nothing to train on" in capsys.readouterr().out
 
 
@@ -327,6 +327,33 @@ def test_a_finished_run_can_be_scored_again(two_runs, capsys):
     assert "AUC" in capsys.readouterr().out.splitlines()[-1] and json.loads((two_runs[0][0] / "audit.json").read_text())["responses"] == 320
 
 
+def test_a_run_without_a_prm_ends_with_a_report_and_can_be_watched(tmp_path):
+    report = mstar.main([*TINY, "--method", "continuous", "--watch_every", "2", "--out", str(tmp_path)])
+    assert report["prm"] is None and [line["sweep"]["aim"] for line in report["iterations"] if "sweep" in line] == ["pass_at_k"] * 2
+    assert all(line["temperature"] == 1.0 for line in report["iterations"])
+    assert "data-outcome" in (tmp_path / "report.html").read_text() and not (tmp_path / "prm.safetensors").exists()
+
+
+def test_a_run_stopped_in_its_first_seconds_can_be_begun_again(tmp_path, monkeypatch, capsys):
+    def stop(*_):
+        raise KeyboardInterrupt
+    flags = [*TINY, "--method", "continuous", "--out", str(tmp_path / "mine")]
+    with monkeypatch.context() as patch:
+        patch.setattr(mstar, "expected_minutes", stop)
+        for _ in range(2):
+            with pytest.raises(SystemExit) as stopped:
+                mstar.main(flags)
+            assert stopped.value.code == 130 and f"go on with: python mstar.py {' '.join(flags)}\n" in capsys.readouterr().err
+    with monkeypatch.context() as patch:
+        patch.setattr(mstar, "stage_base", stop)
+        with pytest.raises(SystemExit):
+            mstar.main(flags)
+        assert f"go on with: python mstar.py --resume {tmp_path / 'mine'}\n" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as stopped:                     # now there is something that could be lost
+        mstar.main(flags)
+    assert stopped.value.code == 2 and "not empty" in capsys.readouterr().err
+
+
 # ---------------------------------------------------------------- bad input
 
 @pytest.mark.parametrize("flags, named", [
@@ -336,7 +363,10 @@ def test_a_finished_run_can_be_scored_again(two_runs, capsys):
     (["--temp", "1"], "--temp"), (["--temperature", "warm"], "--temperature"), (["--arms", "prm", "--method", "mstar"], "--arms"), (["--arms", "mstar,magic"], "magic"),
     (["--keep_top", "0"], "--keep_top"), (["--prm_questions", "1"], "--prm_questions"), (["--select", "best"], "--select"), (["--adapt_by", "luck"], "--adapt_by"), (["--vision_width", "20"], "--vision_width"), (["--kv_heads", "0"], "--kv_heads"),
     (["--unlabeled", "some"], "--unlabeled"), (["--mix_in", "1"], "--mix_in"), (["--experiment", "table9"], "table9"), (["--experiment", "table1", "--interval", "0.5"], "--interval"),
-    (["--experiment", "table1", "--seed", "1"], "--seed"), (["--experiment", "table1", "--seeds", "0"], "--seeds")])
+    (["--experiment", "table1", "--seed", "1"], "--seed"), (["--experiment", "table1", "--seeds", "0"], "--seeds"), (["--seeds", "3"], "--seeds"),
+    (["--experiment", "table1"], "--passes 0.5"), (["--arms", "rest_em,mstar", "--passes", "1", "--minutes", "5"], "--minutes"),
+    (["--arms", "continuous,continuous_6.25", "--passes", "1", "--labeled", "41"], "--labeled 41"), (["--experiment", "dynamics", "--rollouts_per_question", "1"], "--rollouts_per_question"),
+    (["--experiment", "table5", "--heads", "1", "--kv_heads", "1"], "in the small policy"), (["--test", "4"], "--test"), (["--labeled", "1"], "--labeled")])
 def test_wrong_use_exits_2_with_one_line_and_writes_nothing(flags, named, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as stop:
