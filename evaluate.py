@@ -176,7 +176,8 @@ def bootstrap_interval(groups, draws=2000, luck=None, levels=(0.95,)):
         # Runs answer single questions differently; that is in the resampled questions, and once more in the spread of the runs' means, so
         # it is taken off there. But not more than half: of few runs this is known badly. (On made-up tables of 2 or 3 runs and no gain,
         # 1 to 5 % of the intervals leave out 0; with nothing taken off 0 to 3 %, and they are half as wide again as they have to be.)
-        twice = sum(float((_left(values) ** 2).sum()) / ((n - 1) * (values.shape[1] - 1) * values.size) for values in groups if values.shape[1] > 1) / len(groups) ** 2
+        twice = sum(float((_left(values) ** 2).sum()) / ((n - 1) * (values.shape[1] - 1) * values.size) for values in groups if values.shape[1] > 1)
+        twice /= len(groups) ** 2
         luck = math.sqrt(max(error ** 2 - twice, error ** 2 / 2)), freedom
     means = np.mean([values.mean(axis=0)[rng.integers(values.shape[1], size=(draws, values.shape[1]))].mean(axis=1) for values in groups], axis=0)
     means = means + luck[0] * rng.standard_t(luck[1], draws) if luck else means
@@ -401,7 +402,8 @@ def claims_of(name, arms, reports):
         claims.append(("C10", "the smallest policy gains least out of domain", effects, 0.0, None))
     if name == "table2":                                           # and Figure 2, from the audits of the PRMs
         of = {what: np.array([numbers_in(report["verifier"][what]) for report in reports]) for what in reports[0]["verifier"]}
-        votes = {f"majority voting over {words}": [of["majority_voting"] - of[way]] for way, words in (("best_of_n", "best-of-16"), ("weighted_voting", "weighted voting"))}
+        votes = {f"majority voting over {words}": [of["majority_voting"] - of[way]]
+                 for way, words in (("best_of_n", "best-of-16"), ("weighted_voting", "weighted voting"))}
         false, steps = ([np.nan_to_num(of[f"{what}_all"] - of[f"{what}_top_2"])] for what in ("false", "steps"))       # 0 where nothing is left out
         claims += [
             ("C5", "best-of-16 and weighted voting by the PRM do not beat majority voting (by more than a point)", votes, 0.01, None),

@@ -430,10 +430,9 @@ def self_evolve(cfg, arm, warm, prm, world, tokenizer, done, earlier=()):
                        "tokens": tokens, "sampling_seconds": round(sampling, 1), "training_seconds": round(time.time() - began_training, 1)}
         # 4. Watch exploitation (greedy) and exploration (pass@k) on validation questions; every other time, balance them: the
         #    temperature of the next responses becomes the one at which the PRM finds most to exploit
-        sweep = cfg.temperature == "adaptive" and iteration % cfg.sweep_every == 0 and iteration < cfg.iterations
-        only_look = not sweep and cfg.watch_every and iteration % cfg.watch_every == 0
-        watched = monitor(cfg, policy, prm, world, tokenizer, iteration, temperature, sweep or only_look)
-        if only_look:
+        sweep, only_watch = sweeps_at(cfg, iteration), only_watches_at(cfg, iteration)
+        watched = monitor(cfg, policy, prm, world, tokenizer, iteration, temperature, sweep or only_watch)
+        if only_watch:
             watched["sweep"]["chosen"] = temperature
         metrics.append({"arm": arm, "iteration": iteration, **watched, **trained, "seconds": round(time.time() - began, 1)})
         if arm == cfg.method:
@@ -442,6 +441,16 @@ def self_evolve(cfg, arm, warm, prm, world, tokenizer, done, earlier=()):
         log(done.folder.parent, [*earlier, *metrics])
         done.save(arm, policy, optimizers, schedules, temperature, metrics)
     return policy, metrics
+
+
+def sweeps_at(cfg, iteration):
+    """Is the temperature chosen after this iteration? Not after the last: nothing would be sampled at it."""
+    return cfg.temperature == "adaptive" and iteration % cfg.sweep_every == 0 and iteration < cfg.iterations
+
+
+def only_watches_at(cfg, iteration):
+    """Is every temperature measured after this iteration, without choosing one?"""
+    return cfg.watch_every > 0 and iteration % cfg.watch_every == 0 and not sweeps_at(cfg, iteration)
 
 
 def generate(policy, prompts, tokenizer, cfg, temperature, seed, title):
@@ -775,7 +784,8 @@ def parse(argv):
     may_be_0 = ("seed", "world_seed", "base_arithmetic", "base_worked", "base_worked_with_answer", "base_caption_updates", "vision_layers",
                 "watch_every")
     for f in fields(Config):
-        value, least = getattr(cfg, f.name), {"prm_questions": 2, "labeled": 2, "test": len(TASKS)}.get(f.name, int(isinstance(f.default, int) and f.name not in may_be_0))
+        value, usual = getattr(cfg, f.name), int(isinstance(f.default, int) and f.name not in may_be_0)
+        least = {"prm_questions": 2, "labeled": 2, "test": len(TASKS)}.get(f.name, usual)        # at least one question of each task type
         if not isinstance(value, str) and (not math.isfinite(value) or value < least):
             parser.error(f"--{f.name} {value}: must be at least {least}")
     if not 0 < cfg.interval <= 1:
@@ -873,8 +883,7 @@ def work_of(cfg):
     arms = arms_of(cfg)
     loops = [switches for arm, switches in arms.items() if arm != "sft"]
     with_prm = any(map(needs_prm, loops))
-    sweeps = sum(bool((loop.temperature == "adaptive" and i % loop.sweep_every == 0 and i < loop.iterations) or (loop.watch_every and i % loop.watch_every == 0))
-                 for loop in loops for i in range(loop.iterations + 1))
+    sweeps = sum(sweeps_at(loop, i) or only_watches_at(loop, i) for loop in loops for i in range(loop.iterations + 1))
     monitored = sum(loop.iterations + 1 for loop in loops)          # each time one greedy response and monitor_rollouts per temperature
     responses = {"warm-up": min(cfg.warmup_questions, cfg.labeled) * cfg.warmup_rollouts,
                  "PRM": with_prm * min(cfg.prm_questions, cfg.labeled) * cfg.prm_responses,
