@@ -1,4 +1,5 @@
-"""The world: reasoning texts are true, the oracle knows it, splits share nothing, the tokenizer keeps every text."""
+"""The world: reasoning texts are true, the oracle knows it, splits share nothing, the tokenizer
+keeps every text."""
 import random
 import re
 from dataclasses import replace
@@ -9,148 +10,134 @@ import pytest
 from PIL import Image
 
 import data
-from data import COMPOSE, IN_DOMAIN, SIZE, TASKS, TESTBEDS, build_world, oracle, render, write_caption, write_reasoning
-
+from data import (COMPOSE, IN_DOMAIN, SIZE, TASKS, TESTBEDS, build_world, oracle, render, sound,
+                  write_caption, write_reasoning)
 
 def all_questions(world):
     return [question for questions in world.values() for question in questions]
 
+# ---------------------------------------------------------------- reasoning and oracle
 
 def test_every_written_reasoning_is_true_and_long_enough(world):
     for question in all_questions(world):
         for draw in range(4):
             text = write_reasoning(question, random.Random(draw))
-            assert all(oracle(question, text)), (question, text)
+            assert sound(question, text), (question, text)
             *steps, last = text.split("\n")
             readings = [line for line in steps if re.fullmatch(data.READING, line)]
-            assert last == f"answer: {question.answer}" and len(steps) >= 3 and len(readings) >= 2, text
-
+            assert last == f"answer: {question.answer}"
+            assert len(steps) >= 3 and len(readings) >= 2, text
 
 def test_oracle_rejects_a_reasoning_with_any_number_changed(world):
     for question in world["test"] + world["size"] + world["compose"]:
         text = write_reasoning(question, random.Random(0))
         for number in re.finditer(r"\d+", text):
-            for other in {int(number[0]) + 1, int(number[0]) - 1, 50} - {int(number[0])}:
-                assert not all(oracle(question, text[:number.start()] + str(other) + text[number.end():])), (question, text, number, other)
-
+            true = int(number[0])
+            for other in {true + 1, true - 1, 50} - {true}:
+                changed = text[:number.start()] + str(other) + text[number.end():]
+                assert not sound(question, changed), (question, text, number, other)
 
 def test_oracle_rejects_numbers_from_nowhere_and_noise(world):
     question = world["test"][0]
-    assert oracle(question, "41 + 17 = 58")[0] is False            # right sum, but no line and no question gave 41 and 17
-    assert oracle(question, f"answer: {question.answer}") == [False]        # guessed: nothing worked it out
+    # a right sum, but no line and no question gave 41 and 17
+    assert oracle(question, "41 + 17 = 58")[0] is False
+    # guessed: nothing worked it out
+    assert oracle(question, f"answer: {question.answer}") == [False]
     assert oracle(question, "is is 7\n\nanswer: x") == [False, False, False]
 
+def test_sound_is_every_line_true(world):
+    for question in world["test"]:
+        text = write_reasoning(question, random.Random(0))
+        lines = text.split("\n")
+        assert sound(question, text) and all(oracle(question, text))
+        for i in range(len(lines)):
+            noisy = "\n".join([*lines[:i], "is is 7", *lines[i:]])
+            verdicts = oracle(question, noisy)
+            assert verdicts.pop(i) is False and all(verdicts)      # one false line among true ones
+            assert not sound(question, noisy)
+        assert not sound(question, text + "\n") and not sound(question, "")
 
 def test_questions_have_several_routes(world):
     for question in all_questions(world):
-        assert len({write_reasoning(question, random.Random(draw)) for draw in range(30)}) > 1, question
-
+        texts = {write_reasoning(question, random.Random(draw)) for draw in range(30)}
+        assert len(texts) > 1, question
 
 def test_captions_are_true(world):
     for question in all_questions(world):
         for asked in (False, True):
             prompt, text = write_caption(question, random.Random(0), asked)
-            assert all(oracle(question, text))
+            assert sound(question, text)
             subjects = [line.rsplit(" is ", 1)[0] for line in text.split("\n")]
-            assert prompt == "describe" if not asked else sorted(prompt.removeprefix("describe ").split(" and ")) == sorted(subjects)
-
+            if asked:
+                named = prompt.removeprefix("describe ").split(" and ")
+                assert sorted(named) == sorted(subjects)
+            else:
+                assert prompt == "describe" and sorted(subjects) == sorted(question.facts)
 
 def test_routes_of_a_question_agree(world):
     """Worked out by Python itself instead of by work_out."""
     for question in all_questions(world):
-        values = {letter: question.facts.get(subject, subject) for letter, subject in question.slots.items()}
+        values = {letter: question.facts.get(subject, subject)
+                  for letter, subject in question.slots.items()}
         assert {eval(route, {}, values) for route in question.routes} == {question.answer}
 
+# ---------------------------------------------------------------- templates and splits
 
 def test_each_task_has_templates_and_wordings():
     for task in TASKS:
         assert sum(template.task == task for template in IN_DOMAIN) >= 3
     assert all(len(template.wordings) >= 4 for template in IN_DOMAIN)
 
-
 def test_wording_testbed_uses_new_sentences_from_known_words():
     def words(wordings):
-        return set(re.findall(r"[a-z]+|[^\s\w]", re.sub(r"\{.s?\}", "", " ".join(wordings))))
+        without_slots = re.sub(r"\{.s?\}", "", " ".join(wordings))
+        return set(re.findall(r"[a-z]+|[^\s\w]", without_slots))
 
-    known = words(wording for template in IN_DOMAIN for wording in template.wordings[:-1])
+    known = set()
     for template in IN_DOMAIN:
-        assert template.wordings[-1] not in template.wordings[:-1] and words(template.wordings[-1:]) <= known, template.name
-    for template in (*SIZE, *COMPOSE):                             # an unknown word would test the embedding table, not the shift
+        known |= words(template.wordings[:-1])
+    for template in IN_DOMAIN:
+        *asked, kept_back = template.wordings
+        assert kept_back not in asked and words([kept_back]) <= known, template.name
+    # an unknown word would test the embedding table, not the shift
+    for template in (*SIZE, *COMPOSE):
         assert words(template.wordings) <= known, template.name
 
+def test_only_the_wording_testbed_asks_in_kept_back_sentences(world):
+    def is_kept_back(question):
+        for template in IN_DOMAIN:
+            if template.name == question.template:
+                pattern = re.sub(r"\\\{\w+\\\}", ".+", re.escape(template.wordings[-1]))
+                return re.fullmatch(pattern, question.text) is not None
+
+    assert all(map(is_kept_back, world["wording"]))
+    for split in ("test", "validation", "labeled", "unlabeled", "base", "style", "layout"):
+        assert not any(map(is_kept_back, world[split]))
 
 def test_splits_share_no_picture():
-    world = build_world({"test": 750, "validation": 250, "labeled": 4000, "base": 4000})            # large enough for chance to repeat itself
+    # large enough for chance to repeat itself
+    world = build_world({"test": 750, "validation": 250, "labeled": 4000, "base": 4000})
     drawings = [question.drawing for question in all_questions(world)]
     assert len(set(drawings)) == len(drawings) == 9000
 
-
 def test_testbeds_differ_from_the_training_questions(world):
-    assert {question.look for question in world["style"]} == {"style"} and {question.look for question in world["layout"]} == {"layout"}
+    for bed in ("style", "layout"):
+        assert {question.look for question in world[bed]} == {bed}
     train_templates = {question.template for question in world["labeled"]}
     for bed in ("size", "compose"):
         assert not train_templates & {question.template for question in world[bed]}
 
-
 def test_same_seed_same_world_and_tests_do_not_depend_on_training_sizes(world):
-    again = build_world(dict.fromkeys(("test", "validation", *TESTBEDS), 60) | {"labeled": 5})
-    for split in ("test", "validation", *TESTBEDS):
+    tests = ("test", "validation", *TESTBEDS)
+    again = build_world(dict.fromkeys(tests, 60) | {"labeled": 5})
+    for split in tests:
         assert again[split] == world[split]
         assert (render(again[split][3]) == render(world[split][3])).all()
     assert build_world({"test": 60}, seed=1)["test"] != world["test"]
 
-
-def test_picture_shows_every_fact(world):
-    """Changing any fact's drawing changes the picture: what is asked can be seen."""
-    for question in world["test"]:
-        whole = render(question, 64)
-        for i in range(len(question.drawing)):
-            without = replace(question, drawing=question.drawing[:i] + question.drawing[i + 1:])
-            assert (render(without, 64) != whole).any()
-
-
-def test_shapes_and_digits_look_different():
-    for names, least in ((data.SHAPES, 0.1), ("0123456789", 0.01)):
-        masks = [data._stamp(name, 16)[0] for name in names]
-        for a, b in combinations(masks, 2):
-            assert (a != b).mean() > least
-    mask, outline = data._stamp("heart", 16, 1)
-    assert 0 < outline.sum() < mask.sum() and not (outline & ~mask).any()
-
-
-def test_render_sizes(world):
-    question = world["style"][0]
-    assert render(question, 64).shape == (64, 64, 3) and render(question, 128).dtype == np.uint8
-    with pytest.raises(ValueError, match="100"):
-        render(question, 100)
-
-
-def test_tokenizer_keeps_every_text(world, tokenizer):
-    for question in all_questions(world):
-        for text in (question.text, write_reasoning(question, random.Random(0)), *write_caption(question, random.Random(0), True),
-                     f"{question.text} the answer is {question.answer}."):
-            assert tokenizer.decode(tokenizer.encode(text)) == text
-        assert tokenizer.decode(tokenizer.response("answer: 7")) == "answer: 7"
-
-
-@pytest.mark.parametrize("text, named", [("red is 7 €", "€"), ("Red is 7", "R"), ("red is 100", "100"), ("red is zebra", "zebra"), ("red is 07", "07")])
-def test_tokenizer_names_unknown_symbols(tokenizer, text, named):
-    with pytest.raises(ValueError, match=f"unknown symbol '{named}'"):
-        tokenizer.encode(text)
-
-
-def test_tokenizer_refuses_spacing_it_cannot_keep(tokenizer):
-    with pytest.raises(ValueError, match="spacing"):
-        tokenizer.encode("red  is 7")
-
-
-def test_preview_is_a_picture(tmp_path):
-    data.main(["--preview", str(tmp_path / "sheet.png")])
-    assert Image.open(tmp_path / "sheet.png").size[0] > 1000
-    with pytest.raises(SystemExit) as stop:
-        data.main(["--preview", str(tmp_path / "no folder" / "sheet.png")])
-    assert stop.value.code == 2
-
+def test_an_unknown_split_is_an_error():
+    with pytest.raises(ValueError, match="unknown split 'lebeled'"):
+        build_world({"lebeled": 5, "test": 5})
 
 def test_a_world_without_enough_pictures_is_an_error_and_no_endless_search(monkeypatch):
     make, first = data._make, []
@@ -161,4 +148,83 @@ def test_a_world_without_enough_pictures_is_an_error_and_no_endless_search(monke
 
     monkeypatch.setattr(data, "_make", again_and_again)
     with pytest.raises(ValueError, match="question 1 of the split labeled"):
-        data.build_world({"labeled": 5})
+        build_world({"labeled": 5})
+
+# ---------------------------------------------------------------- pictures
+
+def test_picture_shows_every_fact(world):
+    """Changing any fact's drawing changes the picture: what is asked can be seen."""
+    for question in world["test"]:
+        whole, drawing = render(question, 64), question.drawing
+        for i in range(len(drawing)):
+            without = replace(question, drawing=drawing[:i] + drawing[i + 1:])
+            assert (render(without, 64) != whole).any()
+
+def test_shapes_and_digits_look_different():
+    for names, least in ((data.SHAPES, 0.1), ("0123456789", 0.01)):
+        masks = [data._stamp(name, 16)[0] for name in names]
+        for a, b in combinations(masks, 2):
+            assert (a != b).mean() > least
+    mask, outline = data._stamp("heart", 16, 1)
+    assert 0 < outline.sum() < mask.sum() and not (outline & ~mask).any()
+
+def test_render_sizes(world):
+    question = world["style"][0]
+    assert render(question, 64).shape == (64, 64, 3)
+    assert render(question, 128).dtype == np.uint8
+    with pytest.raises(ValueError, match="100"):
+        render(question, 100)
+
+def test_preview_is_a_picture(tmp_path, capsys):
+    sheet = tmp_path / "sheet.png"
+    data.main(["--preview", str(sheet)])
+    assert Image.open(sheet).size[0] > 1000 and str(sheet) in capsys.readouterr().out
+    data.write_preview(tmp_path / "again.png")
+    assert (tmp_path / "again.png").read_bytes() == sheet.read_bytes()
+    for path in (tmp_path / "no folder" / "sheet.png", tmp_path / "sheet.txt"):
+        with pytest.raises(SystemExit) as stop:
+            data.main(["--preview", str(path)])
+        error = capsys.readouterr().err
+        assert stop.value.code == 2 and error.count("\n") == 1 and str(path) in error
+        assert not path.exists()
+
+# ---------------------------------------------------------------- tokenizer
+
+def test_tokenizer_keeps_every_text(world, tokenizer):
+    for question in all_questions(world):
+        for text in (question.text, f"{question.text} the answer is {question.answer}.",
+                     write_reasoning(question, random.Random(0)),
+                     *write_caption(question, random.Random(0), asked=True)):
+            assert tokenizer.decode(tokenizer.encode(text)) == text
+    assert tokenizer.decode(tokenizer.response("answer: 7")) == "answer: 7"
+
+def test_prompts_and_responses_have_their_signs(tokenizer):
+    words = tokenizer.encode("add all the bars.")
+    assert tokenizer.prompt("add all the bars.") == [tokenizer.BOS, *words, tokenizer.SEP]
+    told = tokenizer.prompt("add all the bars.", answer=7)
+    assert tokenizer.decode(told) == "add all the bars. the answer is 7."
+    assert tokenizer.response("red is 3")[-1] == tokenizer.EOS
+
+@pytest.mark.parametrize("text, named", [
+    ("red is 7 €", "€"), ("Red is 7", "R"), ("red is 100", "100"), ("red is zebra", "zebra"),
+    ("red is 07", "07")])
+def test_tokenizer_names_unknown_symbols(tokenizer, text, named):
+    with pytest.raises(ValueError, match=f"unknown symbol '{named}'"):
+        tokenizer.encode(text)
+
+def test_tokenizer_refuses_spacing_it_cannot_keep(tokenizer):
+    with pytest.raises(ValueError, match="spacing"):
+        tokenizer.encode("red  is 7")
+
+def test_steps_end_at_line_breaks_and_at_the_last_token(tokenizer):
+    text = "red is 3\n3 + 4 = 7\nanswer: 7"
+    tokens = tokenizer.response(text)
+    ends = tokenizer.step_ends(tokens)
+    beginnings = [tokenizer.decode(tokens[:end + 1]) for end in ends]
+    assert beginnings == ["red is 3\n", "red is 3\n3 + 4 = 7\n", text]
+    assert ends[-1] == tokens.index(tokenizer.EOS)
+    cut = tokens[:-2]                                              # inside the last step
+    assert tokenizer.step_ends(cut) == [*ends[:2], len(cut) - 1]
+    cut = tokens[:ends[1] + 1]                                     # just behind a line break
+    assert tokenizer.step_ends(cut) == ends[:2]
+    assert tokenizer.step_ends([tokenizer.EOS]) == [0] and tokenizer.step_ends([]) == []

@@ -1,0 +1,380 @@
+"""
+results/report.py: what a run says: before it begins, after an iteration, at its end, as a page.
+
+Read:     announce -> print_line -> make_report, print_report -> write_samples -> write_page
+Run:      python -m results.report runs/NAME      (make the page again, of an unfinished run, too)
+"""
+import base64
+import hashlib
+import io
+import json
+import math
+import platform
+import random
+import sys
+import time
+from collections import Counter
+from dataclasses import asdict
+from html import escape
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from data import TASKS, TESTBEDS, build_world, oracle, render, write_reasoning
+from evaluate import (COLUMNS, columns_of, format_table, grade, make_prompts, one_line_errors,
+                      paired_gain, percent, points, sample_texts, tokens_of)
+from model import (WORKERS, Example, Optimizer, Sampling, adamw, batches, fit, read_json, sample,
+                   seed_for, write_json, write_whole)
+from prm import label_responses, score
+from weights.base import DIETS
+
+FOLDER = Path(__file__).parent
+SHOWN = 2                                      # questions of each task type and testbed on the page
+
+# ---------------------------------------------------------------- before, during and after a run
+
+def work_of(cfg, arms, grid):
+    """(responses, updates) of a whole run. Rollouts from steps count as responses; a response has
+    about five steps before its answer."""
+    diet = DIETS[cfg.preset]
+    responses = cfg.warmup_questions * cfg.warmup_rollouts
+    responses += (2 + len(arms)) * (2 * cfg.test + len(TESTBEDS) * cfg.testbed)        # tests
+    updates = diet.caption_updates + diet.updates + cfg.warmup_updates
+    if any(arm.needs_prm for arm in arms):                         # labels, then the audit
+        responses += cfg.prm_questions * cfg.prm_responses * (1 + 5 * cfg.prm_rollouts)
+        responses += 17 * cfg.test
+    for arm in arms:
+        updates += cfg.evolve_updates
+        if arm.method == "sft":
+            updates += cfg.warmup_updates
+            continue
+        looks = arm.iterations + 1                                 # at the validation questions
+        if arm.temperature == "adaptive":
+            looks += len(grid) * math.ceil(arm.iterations / arm.sweep_every)
+        if arm.watch_every:
+            looks += len(grid) * (1 + arm.iterations // arm.watch_every)
+        responses += looks * cfg.validation * cfg.monitor_rollouts
+        responses += arm.iterations * arm.questions_per_iteration * arm.rollouts_per_question
+    return responses, updates
+
+def announce(cfg, arms, grid, run, world, policy):
+    """Say what is about to happen, with expected minutes from a few seconds with true texts: what
+    an update of `policy` costs, and a response, when eight to a question share their beginnings."""
+    responses, updates = work_of(cfg, arms, grid)
+    print(f"run       {run.out}: {cfg.arms}, preset {cfg.preset}, seed {cfg.seed}, on {run.device} "
+          f"({WORKERS} workers)\nwork      {sum(p.numel() for p in policy.parameters()):,} "
+          f"parameters, {responses:,} responses, {updates:,} updates", flush=True)
+    rng, examples, prefixes = random.Random(0), [], []
+    length = min(32, cfg.max_new_tokens)               # the mean; the last token is written freely
+    prompts = make_prompts(policy, world["labeled"][:64])
+    for prompt, question in zip(prompts, world["labeled"]):
+        texts = [run.tokenizer.response(write_reasoning(question, rng)) for _ in range(8)]
+        examples += [Example(*prompt, text) for text in texts]
+        prefixes.append([text[:-1][:length - 1] for text in texts])
+    stream = batches(examples, cfg.batch_size, rng, together=2)
+    optimizer = Optimizer([adamw(policy, policy.parameters(), cfg.evolve_lr)], 1)
+    fit(policy, optimizer, stream, 2, cfg.micro_batch, "calibration")                  # warm caches
+    began = time.time()
+    fit(policy, optimizer, stream, 5, cfg.micro_batch, "calibration")
+    between = time.time()
+    sample(policy, prompts, Sampling(1, 1.0, length, seed=0), prefixes)
+    per_update, per_response = (between - began) / 5, (time.time() - between) / len(examples)
+    minutes = (updates * per_update + responses * per_response) / 60
+    print(f"expected  {minutes:.0f} minutes, less what is finished", flush=True)
+
+def print_line(line):
+    """The main things of one line of metrics.jsonl on screen."""
+    parts = [f"{line['arm']} {line['iteration']:>2}: T {line['temperature']}"]
+    for name, words in (("greedy_accuracy", "greedy"), ("pass_at_1", "pass@1"),
+                        ("pass_at_k", f"pass@{line['k']}"), ("reward_pass_at_2", "Reward-Pass@2"),
+                        ("unsound", "correct but unsound"), ("unparseable", "unparseable")):
+        if name in line:
+            parts.append(f"{words} {percent(line[name])}")
+    if "num_kept" in line:
+        parts.append(f"kept {line['num_kept']:,} of {line['num_unique_correct']:,} unique correct")
+    print(f"{', '.join(parts)}, {line['seconds']:.0f} s", flush=True)
+
+def make_report(cfg, run, command, world, rows, mine, lines):
+    """report.json: everything that a table, a figure or the page is made from. mine: the name of
+    the main method's row."""
+    my_row = next((row for row in rows if row["name"] == mine), None)
+    others = [row for row in rows if my_row and row is not my_row]
+    chip = torch.cuda.get_device_name() if run.device == "cuda" else platform.machine()
+    seconds = {name: round(about["seconds"], 1) for name, about in run.about.items()}
+    prm, audited = run.about.get("prm"), run.about.get("audit")
+    return {"command": command, "config": asdict(cfg), "method": cfg.method, "seed": cfg.seed,
+            "device": f"{run.device}, {chip}, {WORKERS} worker{'s' * (WORKERS > 1)}",
+            "versions": {"python": platform.python_version(), "torch": torch.__version__,
+                         "numpy": np.__version__},
+            "seconds": round(sum(seconds.values()), 1), "stages": seconds, "rows": rows,
+            "mine": mine, "iterations": lines, "warmup_updates": run.about["pi_0"]["updates"],
+            "prm": prm and {key: prm[key] for key in ("steps", "good", "auc")},
+            "verifier": audited and audited["by_question"],
+            "tasks": " ".join(question.task for question in world["test"]),
+            "gain_over": {row["name"]: paired_gain(my_row, row) for row in others}}
+
+def print_report(report):
+    """The result of a run on screen: the table, the control, last the most important number."""
+    print(f"\n{format_table(report['rows'])}\n")
+    for row in report["rows"]:
+        print(f"{row['name']}: unparseable {percent(row['unparseable'])}, with shuffled images "
+              f"{percent(row['shuffled_images'])}")
+    stages = ", ".join(f"{name} {s / 60:.1f}" for name, s in report["stages"].items())
+    print(f"{report['seconds'] / 60:.1f} minutes on {report['device']}: {stages}")
+    others = sorted(report["gain_over"], key=lambda name: name.startswith("pi_0"))     # pi_0 last
+    for key, where in (("ood", "out of domain"), ("id", "in domain")):
+        for name in others:
+            gain = report["gain_over"][name][key]
+            print(f"{report['mine']} over {name}, {where}: {points(gain)}")
+
+# ---------------------------------------------------------------- samples for the page
+
+def write_samples(cfg, run, select, policy, pi_0, prm, world, temperature, iteration):
+    """What the page shows of an iteration: SHOWN questions of each task type (from validation) and
+    testbed, with L responses each: grade, whether `select` would take it, and for each step the
+    PRM's score, the Monte-Carlo label (rollouts of pi_0) and the oracle's verdict. Never trained
+    on."""
+    if cfg.method != run.main_method:
+        return
+    questions = []
+    for task in TASKS:
+        questions += [q for q in world["validation"] if q.task == task][:SHOWN]
+    for bed in TESTBEDS:
+        questions += world[bed][:SHOWN]
+    seed, prompts = seed_for(cfg.seed, "samples"), make_prompts(policy, questions)
+    how = Sampling(cfg.rollouts_per_question, temperature, cfg.max_new_tokens, seed)
+    texts, responses = sample_texts(policy, prompts, how, f"iteration {iteration}: samples to show")
+    scores, labels = None, {}
+    if prm:
+        scores = score(prm, prompts, tokens_of(responses))
+        different = [list(dict.fromkeys(map(tuple, group))) for group in tokens_of(responses)]
+        rollouts = Sampling(cfg.prm_rollouts, cfg.prm_temperature, cfg.max_new_tokens, seed)
+        for label in label_responses(pi_0, questions, prompts, different, rollouts):
+            labels[label.question, tuple(label.tokens)] = label.targets
+    grades, correct = [], set()
+    for i, question in enumerate(questions):
+        grades.append([grade(text, question.answer) for text in texts[i]])
+        correct |= {(i, text) for text, g in zip(texts[i], grades[i]) if g == "correct"}
+    selected = set(select(cfg, prm, prompts, sorted(correct), iteration))
+    shown = []
+    for i, question in enumerate(questions):
+        shown.append({"id": question.id, "responses": []})
+        for l, text in enumerate(texts[i]):
+            first = texts[i].index(text) == l                      # a repeat is not selected
+            shown[-1]["responses"].append({
+                "text": text, "grade": grades[i][l], "selected": first and (i, text) in selected,
+                "truncated": not responses[i][l].complete, "scores": scores and scores[i][l],
+                "labels": labels.get((i, tuple(responses[i][l].tokens))),
+                "oracle": oracle(question, text)})
+    (run.out / "samples").mkdir(exist_ok=True)
+    write_json(run.out / "samples" / f"{iteration}.json",
+               {"iteration": iteration, "temperature": temperature, "questions": shown})
+
+# ---------------------------------------------------------------- report.html
+
+def write_page(folder):
+    """Write folder/report.html from the files of a run, finished or not: one page that needs no
+    network and no other file. Text of policies and questions is escaped, and no script but page.js
+    may run on it. Returns its path."""
+    folder, report, lines = Path(folder), None, []
+    config, metrics = read_json(folder / "config.json"), folder / "metrics.jsonl"
+    if (folder / "report.json").exists():
+        report = read_json(folder / "report.json")
+    if metrics.exists():
+        lines = [json.loads(line) for line in metrics.read_text().splitlines()]
+    rounds = [read_json(path) for path in (folder / "samples").glob("*.json")]
+    rounds.sort(key=lambda part: part["iteration"])
+    parts = [html_head(report, config, lines)]
+    if lines:
+        sweeps = [line for line in lines if line["arm"] == config["method"] and "sweep" in line]
+        parts += ["<h2>Over iterations</h2>", html_curves(lines), html_sweeps(sweeps)]
+    if rounds:
+        script = f"<script>{(FOLDER / 'page.js').read_text()}</script>"
+        parts += ["<h2>Samples</h2>", html_samples(rounds, config), script]
+    write_html(folder / "report.html", folder.name, "".join(parts))
+    return folder / "report.html"
+
+def write_html(path, title, body):
+    """Write a page, whole or not at all, that loads nothing and runs no script but page.js."""
+    digest = base64.b64encode(hashlib.sha256((FOLDER / "page.js").read_bytes()).digest()).decode()
+    rules = ("default-src 'none'; img-src data:; style-src 'unsafe-inline'; "
+             f"script-src 'sha256-{digest}'")
+    page = f"""<!doctype html><html lang="en"><meta charset="utf-8">
+<meta name="viewport" content="width=device-width">
+<meta http-equiv="Content-Security-Policy" content="{rules}"><title>M-STaR: {escape(title)}</title>
+<style>{(FOLDER / 'page.css').read_text()}</style><body>{body}</body></html>"""
+    write_whole(path, page.encode(errors="replace"))               # a folder's name may be no text
+
+def html_table(head, rows):
+    """An HTML table of cells that are HTML already; a cell may bring its own <td>."""
+    lines = ["".join(f"<th>{cell}" for cell in head)]
+    for row in rows:
+        cells = (cell if str(cell).startswith("<td") else f"<td>{cell}" for cell in row)
+        lines.append("".join(cells))
+    return f"<div class='scroll'><table><tr>{'<tr>'.join(lines)}</table></div>"
+
+def html_head(report, config, lines):
+    """What came out, at what cost, by which command; or how far an unfinished run has come."""
+    command = f"<p><code>{escape(config['command'])}</code></p>"
+    if not report:
+        return f"<h1>Unfinished: {len(lines)} iterations of {escape(config['arms'])}</h1>{command}"
+    rows, row = [], next(row for row in report["rows"] if row["name"] == report["mine"])
+    for other in report["rows"]:
+        pairs = zip(columns_of(other).values(), columns_of(other["ci95"]).values())
+        rows.append([escape(other["name"]), *(f"{100 * value:.1f} <small>[{100 * low:.0f}, "
+                                              f"{100 * high:.0f}]</small>"
+                                              for value, (low, high) in pairs)])
+    gains = [f"<li>over {escape(name)}: {points(gain['id'])} in domain, {points(gain['ood'])} out"
+             for name, gain in report["gain_over"].items()]
+    return (f"<h1>{escape(row['name'])}: {percent(row['id']['all'])} in domain</h1>"
+            f"<p>{report['seconds'] / 60:.1f} minutes on {escape(report['device'])}, preset "
+            f"{escape(config['preset'])}, seed {report['seed']}. In brackets: 95 % intervals over "
+            f"questions.</p>{command}{html_table(['%', *COLUMNS], rows)}"
+            f"<p>{escape(row['name'])}, paired by question:</p><ul>{''.join(gains)}</ul>")
+
+CURVES = (     # name in metrics.jsonl, title, unit, how to read it (Figures of the paper)
+    ("greedy_accuracy", "Greedy accuracy", "%", "Exploitation: should rise, then flatten (3)."),
+    ("pass_at_k", "Pass@k", "%", "Exploration: one of k responses is correct (3, 4a)."),
+    ("reward_pass_at_2", "Reward-Pass@2", "%", "What the PRM can exploit of it (4c, 5)."),
+    ("temperature", "Temperature", "T", "Of the responses trained on: where the sweeps put it."),
+    ("unsound", "Unsound", "%", "Unique correct responses with a false step, by the oracle."),
+    ("num_kept", "Kept", "responses", "Trained on: correct, without repeats, chosen by the PRM."),
+    ("entropy", "Entropy", "nats per token", "Falls as the policy repeats itself."),
+    ("reward_auc", "AUC of R_p", "%", "Does the PRM, fixed since pi_0, still know it?"),
+    ("loss", "Loss", "nats per token", "On the policy's own responses: low from the start."))
+
+def html_curves(lines):
+    """Line charts of the metrics, one line per arm."""
+    figures = []
+    for name, title, unit, note in CURVES:
+        series = {}
+        for line in lines:
+            if name in line:
+                point = line["iteration"], line[name] * (100 if unit == "%" else 1)
+                series.setdefault(line["arm"], []).append(point)
+        if series:
+            figures.append(line_chart(title, unit, series, note))
+    return f"<div class='charts'>{''.join(figures)}</div>"
+
+def line_chart(title, unit, series, note):
+    """An inline SVG with axes, ticks and a legend: series {name: [(iteration, value)]}."""
+    points = [point for line in series.values() for point in line]
+    xs, ys = sorted({x for x, _ in points}), [y for _, y in points]
+    low, high = min(ys), max(*ys, min(ys) + max(0.02 * abs(min(ys)), 0.01))    # never flat
+    size = 10.0 ** math.floor(math.log10(high - low))
+    tick = next(size * m for m in (0.2, 0.5, 1, 2, 5) if (high - low) / (size * m) <= 5)
+    low, high = math.floor(low / tick) * tick, math.ceil(high / tick) * tick
+
+    def at(x, y):                                                  # in the box of 360 x 212
+        return (52 + 300 * (x - xs[0]) / max(1, xs[-1] - xs[0]),
+                175 - 160 * (y - low) / (high - low))
+
+    drawn, keys, values = [], [], []
+    for i in range(round((high - low) / tick) + 1):
+        value = low + i * tick
+        y = at(0, value)[1]
+        drawn.append(f"<line class='grid' x1='52' x2='352' y1='{y:.1f}' y2='{y:.1f}'/>"
+                     f"<text x='46' y='{y + 4:.1f}' text-anchor='end'>{value:.4g}</text>")
+    for x in xs:
+        drawn.append(f"<text x='{at(x, low)[0]:.1f}' y='192' text-anchor='middle'>{x}</text>")
+    for i, (name, line) in enumerate(series.items()):
+        dashes = ("", "6 3", "2 3", "8 3 2 3")[i % 4]              # not by colour alone
+        look = f"stroke='var(--c{i % 4})' fill='none' stroke-width='2' stroke-dasharray='{dashes}'"
+        path = " ".join("{:.1f},{:.1f}".format(*at(*point)) for point in line)
+        drawn.append(f"<polyline {look} points='{path}'/>")
+        values.append(f"{name}: " + ", ".join(f"{y:.4g}" for _, y in line))
+        keys.append(f"<span class='key'><svg width='34' height='10'><line {look} x1='0' x2='34' "
+                    f"y1='5' y2='5'/></svg> {escape(name)}</span>")
+    values = escape("; ".join(values))                             # for those who cannot see it
+    return (f"<figure><b>{escape(title)}</b>, {escape(unit)}<svg viewBox='0 0 360 212' role='img' "
+            f"aria-label='{escape(title)} by iteration. {values}'>{''.join(drawn)}"
+            "<text x='202' y='209' text-anchor='middle'>iteration</text></svg>"
+            f"<div>{''.join(keys)}</div><figcaption>{escape(note)}</figcaption></figure>")
+
+def html_sweeps(lines):
+    """Sweeps as a table: a row per temperature, a column per sweep; the choice is outlined."""
+    if not lines:
+        return ""
+    aim, rows, columns = lines[0]["sweep"]["aim"], [], []
+    for line in lines:
+        surface = line["sweep"]["surface"]
+        columns.append({float(t): values[aim] for t, values in surface.items()})
+    values = [value for column in columns for value in column.values()]
+    low, high = min(values), max(values)
+    for t in sorted(set().union(*columns)):
+        cells = [f"T = {t}"]
+        for line, column in zip(lines, columns):
+            shade = (column.get(t, low) - low) / max(high - low, 1e-9)
+            kind = "heat chosen" if t == line["sweep"]["chosen"] else "heat"
+            text = f"{100 * column[t]:.1f}" if t in column else ""
+            cells.append(f"<td class='{kind}' style='--s: {shade:.2f}'>{text}")
+        rows.append(cells)
+    head = [f"{escape(aim)}, %", *(f"before iteration {line['iteration']}" for line in lines)]
+    return html_table(head, rows) + "<p class='soft'>Dark: high. Outlined: chosen.</p>"
+
+def html_samples(rounds, config):
+    """The sample browser: per question its picture and, per iteration, every response and step."""
+    world = build_world(config["splits"], config["world_seed"])
+    by_id = {question.id: question for questions in world.values() for question in questions}
+    articles = []
+    for number, shown in enumerate(rounds[0]["questions"]):
+        question, folds = by_id[shown["id"]], []
+        for part in rounds:
+            group = part["questions"][number]["responses"]
+            times = Counter(r["text"] for r in group)
+            different = {r["text"]: r for r in reversed(group)}.values()
+            different = sorted(different, key=lambda r: (-r["selected"], r["grade"] != "correct"))
+            items = "".join(html_response(r, times[r["text"]]) for r in different)
+            correct = sum(r["grade"] == "correct" for r in group)
+            folds.append(f"<details data-iteration='{part['iteration']}'"
+                         f"{' open' if part is rounds[-1] else ''}><summary>iteration "
+                         f"{part['iteration']}, T = {part['temperature']}: {correct} of "
+                         f"{len(group)} correct</summary><ul class='responses'>{items}</ul>"
+                         "</details>")
+        png = io.BytesIO()
+        Image.fromarray(render(question)).save(png, "PNG", optimize=True)
+        image = base64.b64encode(png.getvalue()).decode()
+        split = shown["id"].split("/")[0]
+        kind = question.task if split == "validation" else split
+        articles.append(f"<article data-kind='{kind}'><div><img alt='' src='data:image/png;base64,"
+                        f"{image}'><p class='soft'>{kind}, {escape(shown['id'])}</p></div><div><p>"
+                        f"<b>{escape(question.text)}</b><br>gold answer: {question.answer}</p>"
+                        f"{''.join(folds)}</div></article>")
+    filters = {"kind": (*TASKS, *TESTBEDS), "iteration": [part["iteration"] for part in rounds],
+               "outcome": ("correct", "selected", "unsound", "wrong", "unparseable", "truncated")}
+    bar = ""
+    for name, options in filters.items():
+        items = "".join(f"<option>{option}" for option in ("any", *options))
+        bar += f"<label>{name} <select id='{name}'>{items}</select></label>"
+    return ("<p class='soft'>Questions of the validation split by task, and of each testbed. A "
+            "step's colour is the PRM's score, from orange (0) to blue (1); rollouts: the share of "
+            "pi_0's completions from there that end correct; ✓ ✗: the oracle. Framed: selected."
+            f"</p><div class='filter' hidden>{bar}</div>{''.join(articles)}")
+
+def html_response(r, times):
+    """One response of the sample browser, which came so many times."""
+    outcome = [r["grade"]] + ["selected"] * r["selected"] + ["truncated"] * r["truncated"]
+    if r["grade"] == "correct" and not all(r["oracle"]):
+        outcome.append("unsound")
+    steps = ""
+    number = len(r["scores"] or r["oracle"])                       # an empty last line is no step
+    for i, (text, is_true) in enumerate(zip(r["text"].split("\n")[:number], r["oracle"])):
+        notes = [f"{words} {r[key][i]:.2f}" for key, words in (("scores", "PRM"),
+                                                               ("labels", "rollouts")) if r[key]]
+        notes.append("✓ true" if is_true else "✗ false")
+        shade = r["scores"][i] if r["scores"] else 0.5
+        steps += f"<li style='--s: {shade:.2f}'>{escape(text)}<small>{' · '.join(notes)}</small>"
+    selected = " selected" if r["selected"] else ""
+    return (f"<li class='response{selected}' data-outcome='{' '.join(outcome)}'><b>"
+            f"{', '.join(outcome)}</b>{f' ×{times}' if times > 1 else ''}<ol>{steps}</ol></li>")
+
+if __name__ == "__main__":
+    if len(sys.argv) < 2:
+        print("usage: python -m results.report runs/NAME ...", file=sys.stderr)
+        sys.exit(2)
+    for name in sys.argv[1:]:
+        advice = f"{name}: not what a run leaves"
+        with one_line_errors("results.report", advice, ValueError, KeyError, TypeError):
+            print(f"wrote {write_page(name)}")

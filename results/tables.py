@@ -1,0 +1,379 @@
+"""
+results/tables.py: the paper's tables and Figures 3 to 5 as commands, with verdicts on its claims.
+
+Each table's arms start from one base, pi_0 and PRM per seed, with equal responses and updates. For
+each claim, the effects that should be positive, paired by question, with 95 % intervals:
+    holds        all intervals lie on the claimed side (above -margin)
+    fails        one lies on the other side, at a level corrected for the number of effects
+    unresolved   else: often too few seeds, not that nothing is there
+Claims are not corrected for each other. With one seed an interval is about these policies only.
+Read:     TABLES, CLAIMS -> run_table -> claims_of -> verdict -> format_table
+Run:      python -m results.tables table1|table2|table3|table4|table5|dynamics [--seeds 3] [flags]
+"""
+import json
+import math
+import sys
+from collections import defaultdict
+from dataclasses import replace
+from operator import itemgetter
+from pathlib import Path
+
+import numpy as np
+
+import mstar
+from data import TASKS, TESTBEDS
+from evaluate import columns_of, correct_in, one_line_errors
+from model import read_json, write_json
+from results.report import line_chart, write_html
+
+# The rows of each table: arm -> its words and the paper's numbers (ID, OOD, in Table 4 also by
+# task; in Table 5 the mean over benchmarks, by size). Its claims: pairs of arms of which the first
+# should be better, by no less than -margin; `claims_of` adds those that are not about two arms.
+PAPER = json.loads((Path(__file__).parent / "paper.json").read_text())
+TABLES, CLAIMS = PAPER["tables"], PAPER["claims"]
+SIZES = {"small": 0.5, "medium": 1.0, "large": 1.5}                # of Table 5: x the width
+WATCHED = ("0.5", "1.0", "1.5")                                    # temperatures that figures show
+
+# ---------------------------------------------------------------- running a table
+
+def main(argv=None):
+    """Run a table's arms for each seed (and size); write and print the table and its verdicts."""
+    argv = sys.argv[1:] if argv is None else argv
+    if not argv or argv[0] not in TABLES:
+        mstar.fail(f"usage: python -m results.tables {'|'.join(TABLES)} [--seeds N] [flags]")
+    name, flags, seeds = argv[0], list(argv[1:]), 1
+    if "--seeds" in flags:
+        at = flags.index("--seeds")
+        value = "".join(flags[at + 1:at + 2])
+        if not value.isdecimal() or not 1 <= int(value) <= 1000:
+            mstar.fail(f"--seeds {value}: must be a number from 1 to 1000")
+        seeds, flags[at:at + 2] = int(value), []
+    for flag in ("resume", "arms", "method", "seed", *mstar.SWITCHES):
+        if any(typed.split("=")[0] == f"--{flag}" for typed in flags):
+            mstar.fail(f"{name} sets --{flag} itself, leave it out")
+    arms = ",".join(arm for arm in TABLES[name] if arm in mstar.METHODS)
+    cfg, _ = mstar.parse([*flags, "--arms", arms])
+    for factor in SIZES.values() if name == "table5" else ():
+        mstar.check(of_size(cfg, factor))
+    with one_line_errors("results.tables", "what was saved is whole, the same command goes on"):
+        return run_table(name, cfg, seeds, " ".join(["python -m results.tables", *argv]))
+
+def run_table(name, cfg, seeds, command):
+    """Each seed has a folder, in which base, pi_0, PRM and finished arms stay, for other tables,
+    too. Writes results/PRESET-NAME.json, or, with --out or if there is one of more seeds, into the
+    folder of the runs; returns what it holds."""
+    folder, reports = Path(cfg.out or f"runs/{cfg.preset}-tables"), []
+    for size, factor in SIZES.items() if name == "table5" else [("medium", 1.0)]:
+        for seed in range(seeds):
+            out = folder / f"seed{seed}{'' if size == 'medium' else '-' + size}"
+            out.mkdir(parents=True, exist_ok=True)
+            sized = replace(of_size(cfg, factor), seed=seed, out=str(out))
+            reports.append({**mstar.run_stages(sized, out, command, "tables"), "size": size})
+    result, file = make_table(name, reports, command), Path(f"results/{cfg.preset}-{name}.json")
+    if cfg.out or file.exists() and len(read_json(file)["seeds"]) > seeds:
+        file = folder / file.name
+    file.parent.mkdir(exist_ok=True)
+    write_json(file, result)
+    print(f"{format_table(result)}\n\nwrote {file}")
+    if name == "dynamics":
+        write_html(file.with_suffix(".html"), name, html_dynamics(result["arms"]))
+        print(f"wrote {file.with_suffix('.html')}")
+    return result
+
+def of_size(cfg, factor):
+    """The Config with a policy of `factor` times the width, its heads of the same size."""
+    kv_heads = round(factor * cfg.heads) if cfg.kv_heads == cfg.heads else cfg.kv_heads
+    return replace(cfg, kv_heads=kv_heads, width=round(factor * cfg.width),
+                   vision_width=round(factor * cfg.vision_width), heads=round(factor * cfg.heads))
+
+def make_table(name, reports, command):
+    """Everything that a table of the paper and the verdicts on its claims are made from. reports:
+    mstar's, one per size and seed. Returns a dict of plain numbers and texts."""
+    arms = []
+    for report in reports:
+        names = {"base": "base", "pi_0": mstar.PI_0}
+        updates = {"base": 0, "pi_0": report["warmup_updates"]}
+        for arm, about in TABLES[name].items():
+            paper = about["paper"][report["size"]] if name == "table5" else about["paper"]
+            row_name = names.get(arm) or mstar.ROW_NAMES.get(arm, arm)
+            row = next(row for row in report["rows"] if row["name"] == row_name)
+            lines = [line for line in report["iterations"] if line["arm"] == arm]
+            made = updates["pi_0"] + sum(line.get("updates", 0) for line in lines)
+            if arm == "sft":
+                made = report["config"]["warmup_updates"] + report["config"]["evolve_updates"]
+            arms.append({"arm": arm, "words": about["words"], "size": report["size"],
+                         "seed": report["seed"], "row": row,
+                         "paper": [paper] if name == "table5" else paper,
+                         "iterations": lines, "updates": updates.get(arm, made),
+                         "responses": sum(line.get("num_responses", 0) for line in lines)})
+    claims = []
+    for number, words, effects, margin, luck in claims_of(name, arms, reports):
+        said, numbers = verdict(list(effects.values()), margin, luck)
+        sizes = [np.hstack(groups).shape[1] for groups in effects.values()]
+        claims.append({"claim": number, "words": words, "verdict": said, "margin": margin,
+                       "seeds": len({report["seed"] for report in reports}),
+                       "questions": sorted({min(sizes), max(sizes)}),
+                       "effects": dict(zip(effects, numbers))})
+    if name != "dynamics":                                         # no figure needs the questions
+        for arm in arms:
+            arm["iterations"] = list(map(without_questions, arm["iterations"]))
+    about = {key: reports[0][key] for key in ("device", "versions", "config")}
+    return {"table": name, "command": command, **about, "claims": claims, "arms": arms,
+            "seeds": sorted({report["seed"] for report in reports}),
+            "minutes": sum(report["seconds"] for report in reports) / 60}
+
+# ---------------------------------------------------------------- claims
+
+def claims_of(name, arms, reports):
+    """The claims of a table: [(number, words, {effect: groups}, margin, luck)], for `verdict`."""
+    rows, called = defaultdict(list), {arm["arm"]: arm["words"] for arm in arms}
+    for arm in arms:
+        rows[arm["size"], arm["arm"]].append(arm["row"])
+    evolved = dict.fromkeys((arm["size"], arm["arm"]) for arm in arms if arm["responses"])
+    accuracies = []                                                # (arms, runs)
+    for key in evolved:
+        accuracies.append([row["id"]["all"] for row in rows[key]])
+    luck = luck_of_runs(accuracies)
+
+    def gain(better, worse, split="test", size="medium"):          # (runs, questions)
+        return np.array([correct_in(a["graded"][split]) - correct_in(b["graded"][split])
+                         for a, b in zip(rows[size, better], rows[size, worse])])
+
+    claims = []
+    for claim in CLAIMS.get(name, []):
+        effects = {f"{called[a]} over {called[b]}": [gain(a, b)] for a, b in claim["pairs"]}
+        claims.append((claim["claim"], claim["words"], effects, claim["margin"], luck))
+    if name in ("table4", "table5"):
+        size = "large" if name == "table5" else "medium"
+        tasks = np.array(reports[0]["tasks"].split())              # of each test question
+        effects = {task: [gain("mstar", "pi_0", size=size)[:, tasks == task]] for task in TASKS}
+        effects |= {bed: [gain("mstar", "pi_0", bed, size)] for bed in TESTBEDS}
+        words = f"M-STaR beats pi_0 in every task type and testbed ({size} policy)"
+        claims.append(("C10", words, effects, 0.0, None))
+    if name == "table5":
+        effects = {}
+        for size in ("medium", "large"):
+            more = [gain("mstar", "pi_0", bed, size) - gain("mstar", "pi_0", bed, "small")
+                    for bed in TESTBEDS]
+            effects[f"gain of {size} over gain of small"] = more
+        claims.append(("C10", "the smallest policy gains least out of domain", effects, 0.0, None))
+    if name == "table2":                                           # and Figure 2, from the audits
+        claims += figure_2_claims([report["verifier"] for report in reports])
+    if name == "dynamics":
+        one = [arm["iterations"] for arm in arms if arm["arm"] == "prm_watched"]
+        claims += dynamics_claims(one)
+    return claims
+
+def without_questions(line):
+    """A line of metrics.jsonl without what is about single questions or temperatures."""
+    return {key: value for key, value in line.items() if key not in ("by_question", "sweep")}
+
+def numbers_in(text):
+    """The numbers of each question as an array; "-" is nan."""
+    return np.array([float(v) if v != "-" else math.nan for v in text.split()])
+
+def figure_2_claims(audits):
+    """C5 and C6, from each run's numbers by question."""
+    of = {}                                                        # name -> (runs, questions)
+    for name in audits[0]:
+        of[name] = np.array([numbers_in(audit[name]) for audit in audits])
+    majority = of["majority_voting"]
+    votes = {"majority voting over best-of-16": [majority - of["best_of_n"]],
+             "majority voting over weighted voting": [majority - of["weighted_voting"]]}
+    # 0 where nothing is left out
+    unsound = [np.nan_to_num(of["unsound_all"] - of["unsound_top_2"])]
+    steps = [np.nan_to_num(of["steps_all"] - of["steps_top_2"])]
+    return [("C5", "best-of-16 and weighted voting by the PRM do not beat majority voting (by more "
+             "than a point)", votes, 0.01, None),
+            ("C5", "and yet it re-ranks well: fewer of the Top-2 than of all correct responses are "
+             "unsound (share, per question)", {"all over Top-2": unsound}, 0.0, None),
+            ("C6", "the Top-2 have fewer steps than all correct responses (steps, per question)",
+             {"all over Top-2": steps}, 0.0, None)]
+
+def dynamics_claims(runs):
+    """C8, of runs (lists of iterations) of one arm that was watched at every temperature."""
+    def values(line):
+        numbers = {name: numbers_in(text) for name, text in line["by_question"].items()}
+        return {"greedy": numbers["greedy"], "pass@k": 1.0 * (numbers["num_correct"] > 0),
+                "reward": numbers["reward_pass_at_2"],
+                **{t: numbers_in(line["watched"]["any_correct"][t]) for t in ("0.5", "1.5")}}
+
+    looks = [list(map(values, watched_lines(lines))) for lines in runs]
+
+    def at(place):                                                 # {name: (runs, questions)}
+        at_place = [run[place] for run in looks]
+        return {name: np.array(list(map(itemgetter(name), at_place))) for name in at_place[0]}
+
+    n, first, last = len(looks[0]), at(0), at(-1)
+    middle = (at((n - 1) // 2)["reward"] + at(n // 2)["reward"]) / 2   # of an even number, between
+    rise = {name: last[name] - first[name] for name in first}
+    effects = {"greedy accuracy rises": rise["greedy"],
+               "pass@k falls": -rise["pass@k"],
+               "the gap between them shrinks": rise["greedy"] - rise["pass@k"],
+               "Reward-Pass@2 saturates: its first half gains more than its second":
+                   2 * middle - first["reward"] - last["reward"],
+               "pass@k changes for the better at T = 1.5, compared with 0.5 (the paper: it falls "
+               "more slowly)": rise["1.5"] - rise["0.5"]}
+    return [("C8", words, {"effect": [effect]}, 0.0, None) for words, effect in effects.items()]
+
+# ---------------------------------------------------------------- intervals over questions and runs
+
+def run_intervals(groups, luck=None, levels=(0.95,), draws=4000):
+    """[low, high] of the mean of group means, one after the other for several levels. A group is an
+    array (runs, questions), the same questions in each run.
+
+    Questions are resampled. Runs, by seed, are too few for that: of two, resampling gives one alone
+    half of the time. So each draw adds the luck of the runs: a Student t number times a standard
+    error. luck: (standard error, degrees of freedom), by default from the spread of the runs' own
+    means; with one run it is unknown and left out."""
+    rng, runs, means = np.random.default_rng(0), len(groups[0]), []
+    if runs > 1:
+        run_means = np.mean([values.mean(axis=1) for values in groups], axis=0)
+        error, freedom = luck or (float(run_means.std(ddof=1)) / math.sqrt(runs), runs - 1)
+        # Runs answer single questions differently. That is in the resampled questions, and once
+        # more in the spread of the runs' means, so it is taken off there, but not more than half:
+        # of few runs this is known badly. (On made-up tables of 2 or 3 runs and no gain, 1 to 5 %
+        # of the intervals leave out 0; with nothing taken off they are half as wide again.)
+        twice = 0.0
+        for values in groups:
+            if values.shape[1] > 1:
+                cells = (runs - 1) * (values.shape[1] - 1)
+                twice += float((residuals(values) ** 2).sum()) / (cells * values.size)
+        luck = math.sqrt(max(error ** 2 - twice / len(groups) ** 2, error ** 2 / 2)), freedom
+    for values in groups:
+        picked = rng.integers(values.shape[1], size=(draws, values.shape[1]))
+        means.append(values.mean(axis=0)[picked].mean(axis=1))     # (draws,)
+    means = np.mean(means, axis=0)
+    if runs > 1:
+        means = means + luck[0] * rng.standard_t(luck[1], draws)
+    edges = []
+    for level in levels:
+        edges += np.percentile(means, [50 - 50 * level, 50 + 50 * level]).tolist()
+    return edges
+
+def residuals(table):
+    """A table without what its rows and its columns have each (two-way analysis of variance)."""
+    return table - table.mean(axis=1, keepdims=True) - table.mean(axis=0) + table.mean()
+
+def luck_of_runs(accuracies):
+    """(standard error, degrees of freedom) that a difference of two arms has because every run is
+    one of many possible, from accuracies (arms, runs): what is left when arm and seed are taken
+    out, pooled over all arms, since one pair of arms says little about it. None for a single
+    run."""
+    arms, runs = np.shape(accuracies)
+    if runs < 2 or arms < 2:
+        return None
+    freedom = (arms - 1) * (runs - 1)
+    left = float((residuals(np.asarray(accuracies, float)) ** 2).sum())
+    return math.sqrt(2 * left / freedom / runs), freedom
+
+def verdict(effects, margin=0.0, luck=None):
+    """Does a claim hold, all of whose effects (lists of groups) should be above -margin? Returns
+    (holds, fails or unresolved, [[effect, low, high]])."""
+    numbers, corrected = [], []
+    for groups in effects:
+        low, high, _, upper = run_intervals(groups, luck, (0.95, 1 - 0.05 / len(effects)))
+        numbers.append([float(np.mean([values.mean() for values in groups])), low, high])
+        corrected.append(upper)                                    # Bonferroni
+    if all(low > -margin for _, low, _ in numbers):
+        return "holds", numbers
+    return "fails" if any(upper < -margin for upper in corrected) else "unresolved", numbers
+
+# ---------------------------------------------------------------- as text, and the figures
+
+def markdown(head, rows):
+    """A Markdown table as lines, and an empty one."""
+    lines = ["| " + " | ".join(map(str, row)) + " |" for row in (head, *rows)]
+    return [lines[0], "|---" * len(head) + "|", *lines[1:], ""]
+
+def format_table(result):
+    """A table as Markdown, beside the paper's numbers; of the dynamics also curves; verdicts
+    last."""
+    name, groups, seeds = result["table"], defaultdict(list), len(result["seeds"])
+    for arm in result["arms"]:
+        groups[arm["size"], arm["arm"]].append(arm)
+    columns = {"table4": ("ID", *TASKS, "OOD"), "table5": (*TESTBEDS, "OOD")}
+    columns = columns.get(name, ("ID", "OOD"))
+    theirs = ["average"] if name == "table5" else ["ID", "OOD", *TASKS]
+    theirs = theirs[:len(result["arms"][0]["paper"])]
+    rows = []
+    for (size, _), arms in groups.items():
+        ours = [mean_percent(arms, lambda arm: columns_of(arm["row"])[column])
+                for column in columns]
+        rows.append([f"{size}: " * (name == "table5") + arms[0]["words"],
+                     *map("{:.1f}".format, ours), *arms[0]["paper"],
+                     f"{arms[0]['responses']:,}", f"{arms[0]['updates']:,}"])
+    theirs = [f"paper: {column}" for column in theirs]
+    lines = markdown([f"{name}, %", *columns, *theirs, "responses", "updates"], rows)
+    for arms in groups.values() if name == "dynamics" else ():
+        k, rows = arms[0]["iterations"][0]["k"], []
+        for same in watched(arms):                                 # one look, of each seed
+            curves = [f"{mean_percent(same, get):.1f}" for get in FIGURES.values()]
+            temperatures = ", ".join(str(line["temperature"]) for line in same)
+            rows.append([f"iteration {same[0]['iteration']}", *curves, temperatures])
+        head = [title.replace("@k", f"@{k}") for title in FIGURES]
+        lines += markdown([f"{arms[0]['words']}, validation, %", *head, "T"], rows)
+    lines += [f"`{result['command']}`: {seeds} seed{'s' * (seeds > 1)}, {result['minutes']:.0f} "
+              f"minutes on {result['device']}.", ""]
+    rows = []
+    for claim in result["claims"]:
+        form, unit = ("{:+.3f} [{:+.3f}, {:+.3f}] steps", 1) if claim["claim"] == "C6" else \
+            ("{:+.1f} [{:+.1f}, {:+.1f}]", 100)
+        effects = "; ".join(f"{words} {form.format(*(unit * np.array(numbers)))}"
+                            for words, numbers in claim["effects"].items())
+        one_seed = claim["seeds"] == 1 and claim["verdict"] != "unresolved"
+        rows.append([f"{claim['claim']}: {claim['words']}",
+                     claim["verdict"] + ", on one seed" * one_seed,
+                     f"{effects} (questions: {' to '.join(map(str, claim['questions']))})"])
+    over = "questions and seeds" if seeds > 1 else "questions"
+    head = f"effects in points, with 95 % intervals over {over}"
+    lines += markdown(["claim", "verdict", head], rows)
+    return "\n".join(lines[:-1])
+
+def pass_at(t):
+    """A curve of Figures 3 and 4a: pass@k at one temperature, from a line of metrics.jsonl."""
+    return lambda line: line["watched"]["surface"][t]["pass_at_k"]
+
+FIGURES = {"greedy": lambda line: line["greedy_accuracy"],
+           **{f"pass@k, T = {t}": pass_at(t) for t in WATCHED},
+           "Reward-Pass@2": lambda line: line["reward_pass_at_2"]}
+
+def watched_lines(lines):
+    """Those iterations of a run after which every temperature was measured."""
+    return [line for line in lines if "watched" in line]
+
+def watched(arms):
+    """The same look of all seeds of an arm, look after look."""
+    return zip(*(watched_lines(arm["iterations"]) for arm in arms))
+
+def mean_percent(things, get):
+    """The mean of get(thing), in percent."""
+    return 100 * float(np.mean(list(map(get, things))))
+
+def html_dynamics(arms):
+    """The paper's Figures 3 to 5: curves on validation questions, means over seeds."""
+    def curve(arm, get):
+        runs = [one for one in arms if one["arm"] == arm]
+        return [(same[0]["iteration"], mean_percent(same, get)) for same in watched(runs)]
+
+    one = {title: curve("prm_watched", get) for title, get in FIGURES.items()}
+    del one["Reward-Pass@2"]
+    gaps, both = {}, {}
+    for title, line in one.items():
+        gaps[title] = [(x, y - g) for (x, y), (_, g) in zip(line, one["greedy"])]
+    del gaps["greedy"]
+    for title, get in (("Reward-Pass@2", FIGURES["Reward-Pass@2"]),
+                       ("Pass@K", lambda line: line["pass_at_k"])):
+        both[title] = {"T = 1": curve("prm_watched", get),
+                       "adaptive T": curve("mstar_watched", get)}
+    charts = (line_chart("Figures 3 and 4a: greedy and Pass@K", "%", one,
+                         "The paper: greedy accuracy rises, Pass@K falls at every temperature."),
+              line_chart("Figure 4b: Pass@K minus greedy", "points", gaps, "The paper: shrinks."),
+              line_chart("Figures 4c and 5: Reward-Pass@2", "%", both["Reward-Pass@2"],
+                         "The paper: it saturates early, and stays higher with the adaptive T."),
+              line_chart("Figure 5: Pass@K at the run's T", "%", both["Pass@K"],
+                         "The paper: it stays higher with the adaptive temperature."))
+    return f"<h1>dynamics</h1><div class='charts'>{''.join(charts)}</div>"
+
+if __name__ == "__main__":
+    main()

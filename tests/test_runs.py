@@ -1,0 +1,369 @@
+"""Whole runs: what they leave, the same twice, going on after a stop; and the paper's tables."""
+import errno
+import json
+import os
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import evaluate
+import model
+import mstar
+import prm
+import results.tables
+import torture
+from data import TESTBEDS, Tokenizer
+from model import read_json, write_json
+from results.report import work_of
+
+TINY = ["--preset", "test", "--epochs", "0.5"]
+SMALL = ["--preset", "test", "--arms", "mstar", "--epochs", "0.25", "--test", "10", "--testbed", "2",
+         "--validation", "4", "--seed", "3"]
+
+
+@pytest.fixture(scope="module")
+def two_runs(tmp_path_factory):
+    folders = [tmp_path_factory.mktemp("runs") / name for name in "ab"]
+    return folders, [mstar.main([*TINY, "--out", str(folder)]) for folder in folders]
+
+
+# ---------------------------------------------------------------- what a run leaves
+
+def test_a_run_writes_its_files(two_runs):
+    folders, (report, _) = two_runs
+    assert sorted(path.name for path in folders[0].iterdir()) == [
+        "audit.json", "config.json", "labels.json", "metrics.jsonl", "pi_0.json",
+        "pi_0.safetensors", "policy.json", "policy.safetensors", "prm.json", "prm.safetensors",
+        "report.html", "report.json", "samples"]
+    assert read_json(folders[0] / "report.json") == report
+    assert [row["name"] for row in report["rows"]] == [
+        "base", "pi_0 (warm-up)", "SFT (direct answers)", "continuous", "+ PRM re-rank", "M-STaR"]
+    assert [line["iteration"] for line in report["iterations"]] == [0, 1, 2] * 3
+
+
+def test_arms_get_equal_responses_and_updates_and_their_own_switches(two_runs):
+    report, arms = two_runs[1][0], {}
+    for line in report["iterations"]:
+        arms.setdefault(line["arm"], []).append(line)
+    for name in ("num_responses", "num_questions", "iteration"):
+        assert len({tuple(line.get(name) for line in lines) for lines in arms.values()}) == 1
+    assert "sweep" in arms["mstar"][1]
+    assert not any("sweep" in line for arm in ("continuous", "prm") for line in arms[arm])
+
+
+def test_the_work_that_is_announced_is_the_work_that_is_done(tmp_path, monkeypatch):
+    """All responses and updates of a run, counted where they are made. Rollouts from steps are
+    announced as five per response; the samples for the page are not counted."""
+    done = {"responses": 0, "updates": 0, "rollouts": 0}
+    sample, step = evaluate.sample, model.Optimizer.step
+
+    def counting(policy, prompts, how, prefixes=None, **more):
+        number = sum(map(len, prefixes)) if prefixes else len(prompts)
+        done["rollouts" if prefixes else "responses"] += number * how.rollouts
+        return sample(policy, prompts, how, prefixes, **more)
+
+    def stepping(self):
+        done["updates"] += 1
+        step(self)
+
+    monkeypatch.setattr(evaluate, "sample", counting)
+    monkeypatch.setattr(model.Optimizer, "step", stepping)
+    monkeypatch.setattr(mstar, "write_samples", lambda *a: None)
+    monkeypatch.setattr(mstar, "announce", lambda *a: None)
+    for module in (mstar, prm, evaluate):
+        monkeypatch.setattr(module, "grade", torture.guess)
+    flags = [*TINY, "--arms", "sft,mstar,mstar_watched", "--out", str(tmp_path)]
+    cfg, _ = mstar.parse(flags)
+    mstar.main(flags)
+    responses, updates = work_of(cfg, mstar.arms_of(cfg), mstar.GRID)
+    rollouts = 5 * cfg.prm_rollouts * cfg.prm_questions * cfg.prm_responses
+    assert updates == done["updates"] and done["rollouts"] > 0
+    # a greedy response per validation question and look, and a repeated temperature of a sweep
+    looks = 2 * (cfg.iterations + 1) * cfg.validation
+    assert responses - rollouts == pytest.approx(done["responses"] - looks, rel=0.01)
+
+
+def test_samples_show_fixed_questions_with_a_verdict_per_step(two_runs):
+    shown = [read_json(two_runs[0][0] / "samples" / f"{iteration}.json") for iteration in range(3)]
+    ids = [[question["id"] for question in part["questions"]] for part in shown]
+    assert ids[0] == ids[1] == ids[2] and len(ids[0]) == 2 * 10
+    assert {name.split("/")[0] for name in ids[0]} == {"validation", *TESTBEDS}
+    for part in shown:
+        for question in part["questions"]:
+            for response in question["responses"]:
+                number = response["text"].count("\n") + 1
+                assert len(response["oracle"]) == number
+                assert len(response["scores"]) == len(response["labels"]) <= number
+                assert not response["selected"] or response["grade"] == "correct"
+
+
+def test_same_seed_same_rows_and_bytes(two_runs):
+    a, b = (torture.result(folder) for folder in two_runs[0])
+    assert a == b
+
+
+def test_a_finished_run_can_be_scored_and_audited_again(two_runs, capsys):
+    folder = two_runs[0][0]
+    evaluate.main([str(folder)])
+    assert "in-domain accuracy" in capsys.readouterr().out.splitlines()[-1]
+    before = read_json(folder / "audit.json")
+    prm.main([str(folder)])
+    assert "AUC" in capsys.readouterr().out.splitlines()[-1]
+    assert read_json(folder / "audit.json") == {k: v for k, v in before.items() if k != "seconds"}
+
+
+def test_a_run_without_a_prm_ends_with_a_report_and_can_be_watched(tmp_path):
+    flags = "--method", "continuous", "--watch_every", "2", "--out", str(tmp_path)
+    report = mstar.main([*TINY, *flags])
+    assert report["prm"] is None and not (tmp_path / "prm.safetensors").exists()
+    assert ["watched" in line for line in report["iterations"]] == [True, False, True]
+    assert "data-outcome" in (tmp_path / "report.html").read_text()
+
+
+# ---------------------------------------------------------------- stopped, and going on
+
+def test_killed_at_random_moments_and_resumed_nothing_differs(tmp_path):
+    survived, runs, faults = torture.torture(10, 0, tmp_path, SMALL[2:])
+    assert not faults and survived >= 10 and runs >= 1
+
+
+def test_ctrl_c_says_how_to_go_on(tmp_path):
+    log, out = tmp_path / "log", tmp_path / "run"
+    process = torture.begin([*SMALL, "--out", str(out)], log)
+    while not list(out.glob("checkpoint/base-*.json")):            # the base is in training
+        time.sleep(0.01)
+    os.kill(process, signal.SIGINT)
+    assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == 130
+    assert f"go on with: python mstar.py --resume {out}\n" in log.read_text()
+
+
+def test_a_full_disk_ends_a_run_with_one_line_and_it_goes_on_later(tmp_path, monkeypatch, capsys):
+    writes, real, out = [], model.write_whole, tmp_path / "run"
+
+    def fails(path, data):
+        writes.append(path)
+        if len(writes) == 6:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        real(path, data)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(model, "write_whole", fails)
+        with pytest.raises(SystemExit) as stop:
+            mstar.main([*SMALL, "--out", str(out)])
+    lines = capsys.readouterr().err.strip().split("\n")
+    assert stop.value.code == 2 and "No space left" in lines[-1] and "--resume" in lines[-1]
+    mstar.main(["--resume", str(out)])
+    assert (out / "report.json").exists() and not (out / "checkpoint").exists()
+
+
+def test_a_damaged_piece_is_named_and_made_again(tmp_path, monkeypatch, capsys):
+    """Stopped in the second arm, then every file of the folder damaged in turn."""
+    out, whole = tmp_path / "run", tmp_path / "whole"
+
+    def stop_in_mstar(cfg, *rest):
+        if cfg.method == "mstar":
+            raise KeyboardInterrupt
+        return evolve(cfg, *rest)
+
+    evolve = mstar.self_evolve
+    flags = [*SMALL, "--arms", "continuous,mstar", "--out"]
+    expected = mstar.main([*flags, str(tmp_path / "expected")])
+    with monkeypatch.context() as patch:
+        patch.setattr(mstar, "self_evolve", stop_in_mstar)
+        with pytest.raises(SystemExit):
+            mstar.main([*flags, str(whole)])
+    for name in ("pi_0.safetensors", "labels.json", "prm.json", "checkpoint/base.safetensors",
+                 "checkpoint/arm continuous.json"):
+        shutil.copytree(whole, out)
+        data = (out / name).read_bytes()
+        (out / name).write_bytes(data[:len(data) // 2])
+        capsys.readouterr()
+        report = mstar.main(["--resume", str(out)])
+        assert str(out / name.replace(".json", "")) in capsys.readouterr().out
+        without_times = [torture.without_times(row) for row in report["rows"]]
+        assert without_times == [torture.without_times(row) for row in expected["rows"]]
+        shutil.rmtree(out)
+
+
+def test_a_run_goes_on_as_it_was_begun_or_not_at_all(tmp_path, monkeypatch, capsys):
+    def refused(flags, *words):
+        with pytest.raises(SystemExit) as stop:
+            mstar.main(flags)
+        error = capsys.readouterr().err
+        assert stop.value.code == 2 and error.count("\n") == 1
+        assert all(word in error for word in words), error
+
+    out = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(mstar, "announce", lambda *a: os.kill(os.getpid(), signal.SIGINT))
+        with pytest.raises(SystemExit):
+            mstar.main([*SMALL, "--out", str(out)])
+    capsys.readouterr()
+    refused(["--resume", str(out), "--seed", "4"], "--seed")
+    with monkeypatch.context() as patch:                           # a word of the world is another
+        patch.setattr(Tokenizer, "__init__", other_vocabulary)
+        refused(["--resume", str(out)], "world")
+    config = read_json(out / "config.json")
+    write_json(out / "config.json", {**config, "labeled": config["labeled"] + 1})
+    refused(["--resume", str(out)], "splits")                      # changed by hand
+    text = (out / "config.json").read_text()
+    (out / "config.json").write_text(text.replace('"seed": 3', '"seed": 4'))
+    refused(["--resume", str(out)], "config.json")
+    refused(["--resume", str(tmp_path / "nowhere")], "nowhere")
+
+
+def other_vocabulary(self, real=Tokenizer.__init__):
+    real(self)
+    self.symbols[-1] = "zebra"
+    self.ids = {symbol: i for i, symbol in enumerate(self.symbols)}
+
+
+def test_running_out_of_memory_names_the_flag(tmp_path, monkeypatch, capsys):
+    def full(*rest):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(model, "backward", full)
+    monkeypatch.setattr(mstar, "announce", lambda *a: None)
+    with pytest.raises(SystemExit) as stop:
+        mstar.main([*SMALL, "--out", str(tmp_path / "run")])
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert stop.value.code == 2 and "--micro_batch" in error and "--resume" in error
+
+
+# ---------------------------------------------------------------- the paper's tables
+
+FLAGS = ["--preset", "test", "--validation", "6", "--test", "10", "--testbed", "3", "--labeled", "16",
+         "--prm_questions", "6", "--threshold", "0", "--max_new_tokens", "8"]
+
+
+@pytest.fixture(scope="module")
+def tables(tmp_path_factory):
+    """All tables in one folder, with grades by the text, so that the untrained policies have correct
+    responses to train on, and with sweeps that always choose T = 0.5."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(mstar, "best_temperature", lambda values, current: (0.5, 0.5))
+        patch.setattr(mstar, "announce", lambda *a: None)
+        for module in (mstar, prm):
+            patch.setattr(module, "grade", torture.guess)
+        patch.chdir(tmp_path_factory.mktemp("tables"))
+        found = {name: results.tables.main([name, *FLAGS]) for name in results.tables.TABLES}
+        with pytest.MonkeyPatch.context() as inner:                # once more: nothing is run again
+            inner.setattr(mstar, "self_evolve", None)
+            inner.setattr(mstar, "train_base", None)
+            again = {name: results.tables.main([name, *FLAGS]) for name in results.tables.TABLES}
+        files = {name: read_json(f"results/test-{name}.json") for name in results.tables.TABLES}
+        yield found, again, files
+
+
+@pytest.mark.parametrize("name", results.tables.TABLES)
+def test_every_table_has_its_arms_with_equal_budgets_and_verdicts(tables, name):
+    result, rows = tables[0][name], results.tables.TABLES[name]
+    assert {arm["arm"] for arm in result["arms"]} == set(rows)
+    assert len(result["arms"]) == len(rows) * (3 if name == "table5" else 1)
+    for size in {arm["size"] for arm in result["arms"]}:
+        evolved = [arm for arm in result["arms"] if arm["responses"] and arm["size"] == size]
+        assert len({(arm["responses"], arm["updates"]) for arm in evolved}) == 1
+        assert evolved[0]["responses"] == 32 and evolved[0]["updates"] == 3 + 4
+        assert all(arm["updates"] == 3 + 4 for arm in result["arms"] if arm["arm"] == "sft")
+    assert len(result["claims"]) >= len(results.tables.CLAIMS.get(name, ())) and result["claims"]
+    text = results.tables.format_table(result)
+    for claim in result["claims"]:
+        assert claim["verdict"] in ("holds", "fails", "unresolved") and claim["words"] in text
+        assert all(low <= effect <= high for effect, low, high in claim["effects"].values())
+    assert all(row["words"] in text for row in rows.values())
+
+
+def test_finished_arms_are_not_run_again_and_the_file_holds_the_result(tables):
+    found, again, files = tables
+    for name in results.tables.TABLES:
+        assert found[name]["claims"] == again[name]["claims"]
+        assert files[name] == json.loads(json.dumps(again[name]))
+
+
+def test_arms_differ_in_their_switches_only(tables):
+    """The arms of all tables stand in one folder, from one pi_0 and PRM; watching changes nothing."""
+    arms = {}
+    for name in results.tables.TABLES:
+        arms |= {arm["arm"]: arm for arm in tables[0][name]["arms"] if arm["size"] == "medium"}
+    lines = {name: arm["iterations"] for name, arm in arms.items()}
+    looks = {tuple(one[0][key] for key in ("greedy_accuracy", "pass_at_1", "entropy"))
+             for one in lines.values() if one}
+    assert len(looks) == 1                                         # at pi_0
+    for watched, plain in (("prm_watched", "prm"), ("mstar_watched", "mstar")):
+        assert arms[watched]["row"]["graded"] == arms[plain]["row"]["graded"]
+        assert [line["loss"] for line in lines[watched][1:]] == \
+            [line["loss"] for line in lines[plain][1:]]
+    assert {line["temperature"] for line in lines["prm_watched"]} == {1.0}
+    assert [line["temperature"] for line in lines["mstar"]] == [1.0, 0.5, 0.5, 0.5, 0.5]
+    assert [line["num_unlabeled"] for line in lines["vote_50"][1:]] == [0, 0, 2, 2]
+    assert [line["num_unlabeled"] for line in lines["true_answers"][1:]] == [2, 2, 2, 2]
+    kept = {name: [line["num_kept"] for line in lines[name][1:]] for name in ("top_1", "top_4")}
+    assert kept["top_1"] != kept["top_4"]
+    assert [lines[f"continuous_{n}"][-1]["iteration"] for n in ("100", "50", "12.5", "6.25")] == \
+        [1, 2, 8, 16]
+
+
+def test_a_table_goes_on_where_it_was_stopped(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(mstar, "announce", lambda *a: None)
+    flags, real, begun = ["table2", *FLAGS, "--out", "mine"], mstar.self_evolve, []
+
+    def stop_in_the_third(cfg, *rest):
+        begun.append(cfg.method)
+        if len(begun) == 3:
+            raise KeyboardInterrupt
+        return real(cfg, *rest)
+
+    def refused(run, argv, *words):
+        with pytest.raises(SystemExit) as stop:
+            run(argv)
+        error = capsys.readouterr().err
+        assert stop.value.code == 2 and error.count("\n") == 1, error
+        assert all(word in error for word in words), error
+
+    monkeypatch.setattr(mstar, "self_evolve", stop_in_the_third)
+    with pytest.raises(SystemExit) as stop:
+        results.tables.main(flags)
+    assert stop.value.code == 130 and "the same command goes on" in capsys.readouterr().err
+    results.tables.main(flags)
+    assert begun == ["continuous", "random_2", "threshold", "threshold", "top_1", "prm", "top_4"]
+    assert Path("mine/test-table2.json").exists() and not Path("results").exists()
+    capsys.readouterr()
+    refused(results.tables.main, [*flags, "--rollouts_per_question", "3"], "rollouts_per_question")
+    refused(mstar.main, ["--resume", "mine/seed0"], "python -m results.tables table2")
+    refused(mstar.main, [*FLAGS, "--out", "mine/seed0"], "nothing is overwritten")
+    monkeypatch.setattr(mstar, "self_evolve", real)
+    mstar.main([*SMALL, "--out", "plain/seed0"])                   # a plain run's folder
+    capsys.readouterr()
+    refused(results.tables.main, ["table2", *FLAGS, "--out", "plain"], "plain/seed0")
+
+
+@pytest.mark.parametrize("argv, word", [
+    ([], "usage"), (["table9"], "usage"), (["table1", "--seeds", "0"], "--seeds"),
+    (["table1", "--seeds"], "--seeds"), (["table1", "--seed", "1"], "--seed"),
+    (["table1", "--method", "prm"], "--method"), (["table1", *TINY], "--epochs 0.5"),
+    (["table5", "--preset", "test", "--heads", "1", "--kv_heads", "1"], "heads")])
+def test_wrong_use_of_tables(argv, word, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stop:
+        results.tables.main(argv)
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.count("\n") == 1 and word in error
+
+
+def test_a_table_of_more_seeds_is_not_overwritten(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(mstar, "run_stages", lambda *a: {})
+    monkeypatch.setattr(results.tables, "make_table",
+                        lambda name, reports, command: {"seeds": list(range(len(reports)))})
+    monkeypatch.setattr(results.tables, "format_table", lambda result: "the table")
+    file = Path("results/test-table2.json")
+    for seeds, kept in ((2, 2), (1, 2), (3, 3)):
+        results.tables.main(["table2", "--preset", "test", "--seeds", str(seeds)])
+        assert read_json(file)["seeds"] == list(range(kept))
+        where = file if seeds == kept else "runs/test-tables/test-table2.json"
+        assert f"wrote {where}" in capsys.readouterr().out

@@ -1,0 +1,155 @@
+"""
+weights/base.py: the stand-in for a pretrained LMM, trained from nothing: it sees and speaks, but
+reasons badly when asked alone. Not part of the paper's method, which starts from such a model.
+
+Read:     Diet -> train_base -> Muon
+Run:      python mstar.py trains a base first, by the diet of its preset
+"""
+import random
+from collections import defaultdict
+from dataclasses import dataclass
+from itertools import chain, islice
+
+import torch
+
+from data import write_caption, write_reasoning
+from evaluate import make_prompts
+from model import Example, Optimizer, Policy, adamw, batches, seed_for
+
+@dataclass(frozen=True)
+class Diet:
+    """What a base is trained on, all from pictures that no other split has."""
+    images: int = 10000                # captioned pictures
+    arithmetic: int = 5000             # texts of five arithmetic facts
+    worked: int = 200                  # worked examples that are asked like a test question
+    worked_with_answer: int = 6000     # worked examples with the answer in the prompt
+    texts: int = 5                     # reasoning texts per worked example, by different routes
+    caption_updates: int = 1100        # updates on captions and arithmetic alone, then
+    updates: int = 800                 # updates on all of it
+    lr: float = 3e-3                   # of AdamW (embeddings, norms, biases)
+    muon_lr: float = 2e-3              # of Muon (the matrices)
+
+    @property
+    def questions(self):
+        """Size of the split `base`."""
+        return max(self.images, self.worked + self.worked_with_answer)
+
+DIETS = {
+    "cpu": Diet(),
+    "test": Diet(images=60, arithmetic=20, worked=20, worked_with_answer=20, caption_updates=4,
+                 updates=4),
+    # sized on paper, not measured yet
+    "gpu": Diet(images=40000, arithmetic=20000, caption_updates=2000, updates=1500, lr=1e-3),
+}
+
+def train_base(config, questions, cfg, run):
+    """Train a policy of these sizes (ModelConfig) from nothing on the diet of cfg.preset, saved
+    every some hundred updates by run.fit. Returns (policy, {loss}).
+
+    Captions name everything in a picture, or what the prompt asks for by name (in trials without
+    the latter, pi_0's readings were mostly true, but of the wrong thing). Worked examples with the
+    answer in the prompt are how it can explain answers at warm-up. Captions first: in one trial of
+    1,200 updates, a diet mixed from the start read prices at 55 %, captions first at 100 %."""
+    torch.manual_seed(cfg.seed)
+    policy = Policy(config, run.tokenizer).to(run.device)
+    tokenizer, diet = run.tokenizer, DIETS[cfg.preset]
+    rng = random.Random(seed_for(cfg.seed, "base"))
+    prompts = make_prompts(policy, questions)
+    perception = []                                                # captions, then arithmetic
+    for prompt, question in zip(prompts[:diet.images], questions):
+        repeats = 2 if question.task == "TQA" else 1               # tables have the most to read
+        for asked in (False, True) * repeats:
+            text, response = write_caption(question, rng, asked)
+            perception.append(Example(prompt.image, tokenizer.prompt(text),
+                                      tokenizer.response(response)))
+    blank = torch.full_like(prompts[0].image, 255)
+    for _ in range(diet.arithmetic):
+        perception.append(Example(blank, tokenizer.prompt("calculate"),
+                                  tokenizer.response(arithmetic(rng))))
+    worked = []
+    number = diet.worked + diet.worked_with_answer
+    for i, (prompt, question) in enumerate(zip(prompts[:number], questions)):
+        answer = question.answer if i >= diet.worked else None
+        ids = tokenizer.prompt(question.text, answer)
+        for text in dict.fromkeys(write_reasoning(question, rng) for _ in range(diet.texts)):
+            worked.append(Example(prompt.image, ids, tokenizer.response(text)))
+    # then a diet of two thirds worked examples
+    mixed = rng.sample(perception, min(len(perception), len(worked) // 2)) + worked or perception
+    # One row per picture: with up to four side by side, pi_0 was 12 points worse (one trial)
+    first = batches(perception, cfg.batch_size, random.Random(seed_for(cfg.seed, "captions")))
+    then = batches(mixed, cfg.batch_size, random.Random(seed_for(cfg.seed, "worked examples")))
+    stream = chain(islice(first, diet.caption_updates), then)
+    total = diet.caption_updates + diet.updates
+    matrices, rest = split_parameters(policy)
+    optimizer = Optimizer([adamw(policy, rest, diet.lr), Muon(matrices, lr=diet.muon_lr)],
+                          cfg.lr_warmup_updates, decay_over=total)
+    loss = run.fit(policy, optimizer, stream, total, cfg.micro_batch, "base")
+    print(f"base      {len(perception):,} captions and arithmetic texts, {len(worked):,} worked "
+          f"examples; loss {loss:.3f}", flush=True)
+    return policy, {"loss": loss}
+
+def arithmetic(rng):
+    """Five facts with numbers such as reasoning in the world needs: digits, their sums and
+    products, and round sums of money."""
+    def number():
+        a, b = rng.randint(1, 9), rng.randint(1, 9)
+        return rng.choice((a, a + b, a * b, a * b, 10 * a))
+
+    lines = []
+    while len(lines) < 5:
+        sign = rng.choice("+-*")
+        if sign == "*":
+            left, right = rng.randint(1, 18), rng.randint(2, 9)
+        else:
+            left, right = number(), number()
+        result = {"+": left + right, "-": left - right, "*": left * right}[sign]
+        if 1 <= result <= 99:
+            lines.append(f"{left} {sign} {right} = {result}")
+    return "\n".join(lines)
+
+def split_parameters(policy):
+    """(matrices inside the network, for Muon; all other parameters, for AdamW)."""
+    matrices, rest = [], []
+    for name, p in policy.named_parameters():
+        outside = name.split(".")[-2] in ("embed", "vision")       # embeddings, positions
+        (matrices if p.dim() == 2 and not outside else rest).append(p)
+    return matrices, rest
+
+class Muon(torch.optim.Optimizer):
+    """torch.optim.Muon (adjust_lr_fn="match_rms_adamw": updates of AdamW's size) in the precision
+    of the weights. Torch's own always computes in bf16, which took 1 second per update on a CPU
+    without bf16 arithmetic; this takes a twentieth of it. It needed about half of AdamW's updates
+    to read bars and to add, in one trial from nothing.
+
+    Muon (Jordan 2024, kellerjordan.github.io/posts/muon): momentum, then as the update the nearest
+    orthogonal matrix to it, so that all directions of a matrix learn equally fast. Five
+    Newton-Schulz steps bring its singular values close to 1."""
+
+    def __init__(self, params, lr, momentum=0.95, weight_decay=0.05):
+        super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            same_shape = defaultdict(list)                         # they go through together
+            for p in group["params"]:
+                same_shape[p.shape].append(p)
+            for (rows, columns), parameters in same_shape.items():
+                x = torch.stack([self._nesterov(p, group["momentum"]) for p in parameters])
+                x = self._orthogonal(x if rows <= columns else x.mT.contiguous())
+                scale = 0.2 * max(rows, columns) ** 0.5            # to the size of AdamW's updates
+                for p, update in zip(parameters, x if rows <= columns else x.mT):
+                    p.mul_(1 - group["lr"] * group["weight_decay"])
+                    p.add_(update, alpha=-group["lr"] * scale)
+
+    def _nesterov(self, p, beta):
+        momentum = self.state[p].setdefault("momentum", torch.zeros_like(p))
+        momentum.lerp_(p.grad, 1 - beta)
+        return p.grad.lerp(momentum, beta)
+
+    def _orthogonal(self, x):                                      # (n, rows <= columns, columns)
+        x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+        for _ in range(5):
+            gram = x @ x.mT
+            x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+        return x
