@@ -390,10 +390,10 @@ def load(path, network, optimizer=None):
         expected = {name: (t.shape, t.dtype) for name, t in network.state_dict().items()}
         if {name: (t.shape, t.dtype) for name, t in tensors.items()} != expected:
             raise ValueError("the tensors are not those of a network of these sizes")
-        network.load_state_dict(tensors, assign=network.device.type == "meta")
-        if optimizer:
+        if optimizer:                                              # it refuses what does not fit
             optimizer.load(state, about["updates"])
-    except (SafetensorError, KeyError, ValueError, RuntimeError) as error:
+        network.load_state_dict(tensors, assign=network.device.type == "meta")
+    except (SafetensorError, LookupError, TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"{path}: {str(error).splitlines()[0]}") from error
     return about
 
@@ -560,12 +560,17 @@ class Optimizer:
         return tensors
 
     def load(self, tensors, updates):
-        """Put back what `tensors` gave after so many `updates`."""
-        self.updates = updates
+        """Put back what `tensors` gave after so many `updates`; an error changes nothing."""
         states = [defaultdict(dict) for _ in self.parts]
         for key, tensor in tensors.items():
             part, number, name = key.split("/")
+            groups = self.parts[int(part)].param_groups
+            parameters = [p for group in groups for p in group["params"]]
+            shape = () if name == "step" else parameters[int(number)].shape
+            if tensor.shape != shape:                              # AdamW would write beside it
+                raise ValueError(f"optimizer/{key} is not of its parameter's shape")
             states[int(part)][int(number)][name] = tensor
+        self.updates = int(updates)
         for part, state in zip(self.parts, states):
             groups = part.state_dict()["param_groups"]             # step() sets their lr
             part.load_state_dict({"state": state, "param_groups": groups})

@@ -170,9 +170,9 @@ METHODS = {
     "mstar_watched": {"select": "top", "temperature": "adaptive", "watch_every": 2},
 }
 SWITCHES = sorted(set(chain.from_iterable(METHODS.values())))      # names of fields
-PI_0 = "pi_0 (warm-up)"                                            # its row's name
 COMPARED = "sft,continuous,prm,mstar"                              # what `python mstar.py` runs
-ROW_NAMES = {"sft": "SFT (direct answers)", "prm": "+ PRM re-rank", "mstar": "M-STaR"}
+ROW_NAMES = {"pi_0": "pi_0 (warm-up)", "sft": "SFT (direct answers)", "prm": "+ PRM re-rank",
+             "mstar": "M-STaR"}                                    # others have their own
 PRESETS = {                                                        # and DIETS in weights/base.py
     "cpu": {},                                                     # the defaults: 2 cores
     "test": dict(labeled=48, validation=10, test=20, testbed=5, width=32, layers=1, heads=2,
@@ -588,9 +588,10 @@ def run_stages(cfg, out, command, program="mstar"):
         labels = [StepLabels(**label) for label in labels]
         prm = run.network("prm", RewardModel, train_prm, pi_0, world["labeled"], labels)
         run.result("audit", audit, pi_0, prm, labels, world["labeled"], world["test"], T)
-    rows = [run.result("checkpoint/test of base", evaluate_policy, "base", base, world, T),
-            run.result("checkpoint/test of pi_0", evaluate_policy, PI_0, pi_0, world, T)]
-    lines = []
+    rows, lines = [], []
+    for name, policy in (("base", base), (ROW_NAMES["pi_0"], pi_0)):
+        row = run.result(f"checkpoint/test of {name}", evaluate_policy, name, policy, world, T)
+        rows.append(row)
     for arm in arms:
         run.lines = list(lines)                                    # of the arms before it
         result = run.result(f"checkpoint/arm {arm.method}", run_arm, arm, base, pi_0, prm, world,

@@ -240,10 +240,8 @@ CURVES = (     # name in metrics.jsonl, title, unit, how to read it (Figures of 
     ("reward_pass_at_2", "Reward-Pass@2", "%", "What the PRM can exploit of it (4c, 5)."),
     ("temperature", "Temperature", "T", "Of the responses trained on: where the sweeps put it."),
     ("unsound", "Unsound", "%", "Unique correct responses with a false step, by the oracle."),
-    ("num_kept", "Kept", "responses", "Trained on: correct, without repeats, chosen by the PRM."),
     ("entropy", "Entropy", "nats per token", "Falls as the policy repeats itself."),
-    ("reward_auc", "AUC of R_p", "%", "Does the PRM, fixed since pi_0, still know it?"),
-    ("loss", "Loss", "nats per token", "On the policy's own responses: low from the start."))
+    ("reward_auc", "AUC of R_p", "%", "Does the PRM, fixed since pi_0, still know it?"))
 
 def html_curves(lines):
     """Line charts of the metrics, one line per arm."""

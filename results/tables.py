@@ -1,12 +1,10 @@
 """
 results/tables.py: the paper's tables and Figures 3 to 5 as commands, with verdicts on its claims.
 
-Each table's arms start from one base, pi_0 and PRM per seed, with equal responses and updates. For
-each claim, the effects that should be positive, paired by question, with 95 % intervals:
-    holds        all intervals lie on the claimed side (above -margin)
-    fails        one lies on the other side, at a level corrected for the number of effects
-    unresolved   else: often too few seeds, not that nothing is there
-Claims are not corrected for each other. With one seed an interval is about these policies only.
+A table's arms start from one base, pi_0 and PRM per seed, with equal responses and updates. A
+claim names effects that should be positive, paired by question, with 95 % intervals. It `holds` if
+all lie above -margin, `fails` if one lies below it at a level corrected for their number, and is
+else `unresolved`: often too few seeds, not that nothing is there.
 Read:     TABLES, CLAIMS -> run_table -> claims_of -> verdict -> format_table
 Run:      python -m results.tables table1|table2|table3|table4|table5|dynamics [--seeds 3] [flags]
 """
@@ -41,7 +39,7 @@ def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     if not argv or argv[0] not in TABLES:
         mstar.fail(f"usage: python -m results.tables {'|'.join(TABLES)} [--seeds N] [flags]")
-    name, flags, seeds = argv[0], list(argv[1:]), 1
+    name, flags, seeds = argv[0], argv[1:], 1
     if "--seeds" in flags:
         at = flags.index("--seeds")
         value = "".join(flags[at + 1:at + 2])
@@ -74,10 +72,9 @@ def run_table(name, cfg, seeds, command):
         file = folder / file.name
     file.parent.mkdir(exist_ok=True)
     write_json(file, result)
-    print(f"{format_table(result)}\n\nwrote {file}")
     if name == "dynamics":
         write_html(file.with_suffix(".html"), name, html_dynamics(result["arms"]))
-        print(f"wrote {file.with_suffix('.html')}")
+    print(f"{format_table(result)}\n\nwrote {file}{' and .html' * (name == 'dynamics')}")
     return result
 
 def of_size(cfg, factor):
@@ -91,11 +88,10 @@ def make_table(name, reports, command):
     mstar's, one per size and seed. Returns a dict of plain numbers and texts."""
     arms = []
     for report in reports:
-        names = {"base": "base", "pi_0": mstar.PI_0}
         updates = {"base": 0, "pi_0": report["warmup_updates"]}
         for arm, about in TABLES[name].items():
             paper = about["paper"][report["size"]] if name == "table5" else about["paper"]
-            row_name = names.get(arm) or mstar.ROW_NAMES.get(arm, arm)
+            row_name = mstar.ROW_NAMES.get(arm, arm)
             row = next(row for row in report["rows"] if row["name"] == row_name)
             lines = [line for line in report["iterations"] if line["arm"] == arm]
             made = updates["pi_0"] + sum(line.get("updates", 0) for line in lines)
@@ -114,9 +110,8 @@ def make_table(name, reports, command):
                        "seeds": len({report["seed"] for report in reports}),
                        "questions": sorted({min(sizes), max(sizes)}),
                        "effects": dict(zip(effects, numbers))})
-    if name != "dynamics":                                         # no figure needs the questions
-        for arm in arms:
-            arm["iterations"] = list(map(without_questions, arm["iterations"]))
+    for arm in arms if name != "dynamics" else ():                 # no figure needs the questions
+        arm["iterations"] = list(map(without_questions, arm["iterations"]))
     about = {key: reports[0][key] for key in ("device", "versions", "config")}
     return {"table": name, "command": command, **about, "claims": claims, "arms": arms,
             "seeds": sorted({report["seed"] for report in reports}),

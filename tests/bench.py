@@ -14,7 +14,6 @@ Run:      python tests/bench.py [runs/NAME] [--repeats 5]
 import argparse
 import copy
 import json
-import math
 import platform
 import random
 import sys
@@ -57,8 +56,7 @@ def sample_plainly(policy, prompts, temperature, uniforms, cached=True):
     prompts = [Prompt(prompt.image.clone(), prompt.ids) for prompt in prompts]
     with torch.inference_mode(), policy.precision():
         logits, start, prefix = _prefill(policy, prompts)          # (R, V), (R,), (R, G, P, D)
-        suffix = [[part.new_empty(R, part.shape[1], T, part.shape[3]) for part in layer]
-                  for layer in prefix]
+        suffix = _room_for(T, R, prefix)
         ended = torch.zeros(R, dtype=torch.bool, device=device)
         for t in range(T):
             tokens, _ = draw(logits, temperature, uniforms[:, t], forced)
@@ -68,7 +66,7 @@ def sample_plainly(policy, prompts, temperature, uniforms, cached=True):
             if ended.all() or t + 1 == T:
                 break
             if cached:
-                written = [[part[:, :, :t + 1] for part in layer] for layer in suffix]
+                written = [(k[:, :, :t + 1], v[:, :, :t + 1]) for k, v in suffix]
                 logits = _decode(policy, tokens, own, start, t, prefix, written)       # (R, V)
             else:
                 logits = _logits_without_cache(policy, images, ids)                    # (R, V)
@@ -77,6 +75,13 @@ def sample_plainly(policy, prompts, temperature, uniforms, cached=True):
         tokens = row[len(prompt.ids):]
         responses.append(tokens[:tokens.index(end) + 1] if end in tokens else tokens)
     return responses
+
+def _room_for(tokens, rows, prefix):
+    """An empty cache like that of the prompts, for so many tokens of so many rows."""
+    cache = []
+    for layer in prefix:                                           # keys, values (N, G, P, D)
+        cache.append([part.new_zeros(rows, part.shape[1], tokens, part.shape[3]) for part in layer])
+    return cache
 
 def _logits_without_cache(policy, images, ids):
     """Logits of what follows each of the texts `ids`, of unequal lengths, by one full pass."""
@@ -207,9 +212,7 @@ def bench_parts(policy, prompts, examples, repeats):
     with torch.inference_mode(), policy.precision():
         _, start, prefix = _prefill(policy, few)
     owner = torch.arange(N, device=device).repeat_interleave(each)                     # (rows,)
-    suffix = []                                                    # as if 16 tokens were written
-    for layer in prefix:
-        suffix.append([part.new_ones(rows, part.shape[1], 17, part.shape[3]) for part in layer])
+    suffix = _room_for(17, rows, prefix)                           # as if 16 tokens were written
     uniforms = torch.rand(rows, LONGEST, generator=torch.Generator().manual_seed(0))
     temperature, forced = torch.ones(rows), torch.full((rows, LONGEST), -1)
     batch = [part.to(device) for part in collate(examples)]
@@ -327,7 +330,8 @@ def random_policy(device):
     return Policy(model_config(cfg, tokenizer), tokenizer).to(device)
 
 def two_texts_each(policy, questions, prompts, rng):
-    """Training examples: two worked texts to each question, of which the first 32 are a batch."""
+    """Training examples, two worked texts to each question: side by side, as a run trains on its
+    kept responses."""
     examples = []
     for question, prompt in zip(questions, prompts):
         for _ in range(2):

@@ -14,7 +14,7 @@ import bench
 from bench import Products, Work, sample_plainly, separate_calls, tokens_written, workloads
 from data import Tokenizer
 from evaluate import tokens_of
-from model import Example, Prompt, Sampling, collate, sample, save
+from model import Example, Sampling, collate, sample, save
 
 END = Tokenizer.EOS
 

@@ -1,48 +1,91 @@
-"""README.md and RESULTS.md show what the runs in results/ measured, and nothing else."""
-import json
+"""README.md and results/README.md show what the runs in results/ measured, and nothing else; what
+they point to is there."""
 import re
 from pathlib import Path
 from statistics import mean
 
 import pytest
 
-from data import TASKS, TESTBEDS
-from evaluate import format_experiment
+from model import read_json
+from results.tables import format_table
 
 ROOT = Path(__file__).parent.parent
-EXPERIMENTS = {path.stem: json.loads(path.read_text()) for path in sorted((ROOT / "results").glob("cpu-*.json")) if path.stem.startswith(("cpu-table", "cpu-dynamics"))}
-REPORTS = [json.loads(path.read_text()) for path in sorted((ROOT / "results").glob("cpu-mstar-seed?.json"))]
+RESULTS = ROOT / "results"
+RUNS = sorted(RESULTS.glob("cpu-*.json"))
+TABLES = [path for path in RUNS if re.fullmatch(r"cpu-(table\d|dynamics)", path.stem)]
+REPORTS = [read_json(path) for path in sorted(RESULTS.glob("cpu-mstar-seed?.json"))]
+READMES = (ROOT / "README.md", RESULTS / "README.md")
+MINE, OTHERS = "M-STaR", ("pi_0 (warm-up)", "SFT (direct answers)", "continuous", "+ PRM re-rank")
 
+def points(gain):
+    gain, low, high = (100 * number for number in gain)
+    return f"{gain:+.1f} [{low:+.1f}, {high:+.1f}]"
 
-def figures(row):
-    return [row["id"]["all"], *(row["id"][task] for task in TASKS), *(row["ood"][bed] for bed in TESTBEDS), row["ood"]["all"]]
+def first_table(text):
+    """The rows of the first Markdown table, without its head: {first cell: the other cells}."""
+    lines = re.search(r"(?:^\|.*\n)+", text, re.MULTILINE)[0].splitlines()
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
+    return {row[0]: row[1:] for row in rows}
 
+# ---------------------------------------------------------------- numbers
+
+@pytest.mark.parametrize("path", RUNS, ids=lambda path: path.stem)
+def test_a_result_is_whole(path):
+    assert read_json(path)                                         # its checksum, too
 
 def test_the_result_table_is_the_mean_of_the_committed_runs():
-    text = (ROOT / "README.md").read_text()
-    rows = dict(reversed(re.findall(r"^\| ([^|]*[^| ]) +\| (.*) \|$", text, re.MULTILINE)))              # the first table
-    assert [report["seed"] for report in REPORTS] == list(range(len(REPORTS))) and REPORTS
+    assert [report["seed"] for report in REPORTS] == list(range(3))
+    expected = {}
     for i, row in enumerate(REPORTS[0]["rows"]):
-        columns = zip(*(figures(report["rows"][i]) for report in REPORTS))
-        assert rows[row["name"]].split(" | ") == [f"{100 * mean(column):.1f}" for column in columns], row["name"]
-    def points(gain):
-        return f"{100 * gain[0]:+.1f} [{100 * gain[1]:+.1f}, {100 * gain[2]:+.1f}]"
+        same = [report["rows"][i] for report in REPORTS]
+        assert {other["name"] for other in same} == {row["name"]}
+        in_domain = mean(other["id"]["all"] for other in same)
+        out = mean(other["ood"]["all"] for other in same)
+        expected[row["name"]] = [f"{100 * in_domain:.1f}", f"{100 * out:.1f}"]
+    assert set(expected) == {"base", MINE, *OTHERS}
+    assert first_table(READMES[0].read_text()) == expected
 
-    comparison, results = json.loads((ROOT / "results" / "cpu-comparison.json").read_text()), (ROOT / "RESULTS.md").read_text()
-    for name in ("+ warm-up", "continuous", "+ PRM re-rank", "SFT (direct answers)"):
-        gain = comparison["gain_in_all_runs"][f"M-STaR - {name}"]
-        assert f"| M-STaR over {name}, {len(REPORTS)} seeds | {points(gain['id'])} | {points(gain['ood'])} |" in text
-    for report in REPORTS:
-        for name in set(report["gain_over"]) - {"base", "SFT (direct answers)"}:
-            gain = report["gain_over"][name]
-            assert f"| M-STaR over {name}, seed {report['seed']} | {points(gain['id'])} | {points(gain['ood'])} |" in results
-        assert f"{report['seconds'] / 60:.1f} minutes" in text
+def test_gains_over_all_seeds_are_those_of_the_comparison():
+    gains = read_json(RESULTS / "cpu-comparison.json")["gain_in_all_runs"]
+    lines = READMES[0].read_text().splitlines()
+    for name in OTHERS:
+        gain = gains[f"{MINE} over {name}"]
+        assert f"| {MINE} over {name} | {points(gain['id'])} | {points(gain['ood'])} |" in lines
 
+def test_gains_by_seed_are_those_of_the_committed_runs():
+    lines = READMES[1].read_text().splitlines()
+    for name in set(OTHERS) - {"SFT (direct answers)"}:
+        cells = [points(report["gain_over"][name][key])
+                 for report in REPORTS for key in ("id", "ood")]
+        assert f"| {MINE} over {name} | {' | '.join(cells)} |" in lines
 
-@pytest.mark.parametrize("name", EXPERIMENTS)
-def test_tables_and_verdicts_are_those_of_the_committed_experiments(name):
-    lines = format_experiment(EXPERIMENTS[name]).splitlines()
-    text, results = ((ROOT / file).read_text().splitlines() for file in ("README.md", "RESULTS.md"))
+@pytest.mark.parametrize("path", TABLES, ids=lambda path: path.stem)
+def test_tables_and_verdicts_are_those_of_the_committed_results(path):
+    lines, text = format_table(read_json(path)).splitlines(), READMES[1].read_text().splitlines()
+    assert len([line for line in lines if line.startswith("|")]) > 6
     assert not [line for line in lines if line not in text]
-    verdicts = lines[next(i for i, line in enumerate(lines) if line.startswith("| claim | verdict")):]
-    assert len(verdicts) > 2 and not [line for line in verdicts if line not in results]
+
+def test_every_table_of_the_paper_has_a_result():
+    names = {path.stem for path in TABLES}
+    assert names == {"cpu-dynamics", *(f"cpu-table{number}" for number in range(1, 6))}
+
+# ---------------------------------------------------------------- what the texts point to
+
+def test_the_readme_is_short_and_names_every_module():
+    text = READMES[0].read_text()
+    assert len(text.splitlines()) <= 130
+    assert not [path.name for path in ROOT.glob("*.py") if path.name not in text]
+
+@pytest.mark.parametrize("readme", READMES, ids=("top", "results"))
+def test_links_pictures_and_files_are_there(readme):
+    text = readme.read_text()
+    links = [link for link in re.findall(r"\]\(([^)\s]+)\)", text) if "://" not in link]
+    headings = [re.sub(r"[^\w\- ]", "", line.lower()).replace(" ", "-")
+                for line in re.findall(r"^#+ (.+)$", text, re.MULTILINE)]
+    for link in links:
+        file, _, heading = link.partition("#")
+        assert (readme.parent / file).exists(), link
+        assert file or heading in headings, link
+    named = re.findall(r"results/[\w.*?-]+\.json", text)           # a pattern names at least one
+    named = [name for name in named if "PRESET" not in name]       # of a run to come
+    assert named and not [name for name in named if not list(ROOT.glob(name))]

@@ -21,7 +21,7 @@ from model import read_json, write_json
 from results.report import work_of
 
 TINY = ["--preset", "test", "--epochs", "0.5"]
-SMALL = ["--preset", "test", "--arms", "mstar", "--epochs", "0.25", "--test", "10", "--testbed", "2",
+SMALL = ["--preset", "test", "--arms", "mstar", "--epochs", "0.5", "--test", "10", "--testbed", "2",
          "--validation", "4", "--seed", "3"]
 
 

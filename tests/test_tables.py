@@ -237,7 +237,7 @@ def test_paper_json_names_what_there_is():
 def made_up_report(seed, size="medium", shift=0.0):
     """What mstar.run_stages would return for all methods: of each a look at pi_0 and two rounds of
     10 responses and 5 updates, and numbers that say where they come from."""
-    rows, lines = [made_up_row("base", "wwwww"), made_up_row(mstar.PI_0, "cwwww")], []
+    rows, lines = [made_up_row("base", "wwwww"), made_up_row(mstar.ROW_NAMES["pi_0"], "cwwww")], []
     for method in mstar.METHODS:
         rows.append(made_up_row(mstar.ROW_NAMES.get(method, method), "ccwww", 0.4 + seed / 10))
         if method == "sft":
