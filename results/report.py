@@ -4,6 +4,7 @@ results/report.py: what a run says: before it begins, after an iteration, at its
 Read:     announce -> print_line -> make_report, print_report -> write_samples -> write_page
 Run:      python -m results.report runs/NAME      (make the page again, of an unfinished run, too)
 """
+import argparse
 import base64
 import hashlib
 import io
@@ -364,15 +365,12 @@ def html_response(r, times):
         notes.append("✓ true" if is_true else "✗ false")
         shade = r["scores"][i] if r["scores"] else 0.5
         steps += f"<li style='--s: {shade:.2f}'>{escape(text)}<small>{' · '.join(notes)}</small>"
-    selected = " selected" if r["selected"] else ""
-    return (f"<li class='response{selected}' data-outcome='{' '.join(outcome)}'><b>"
-            f"{', '.join(outcome)}</b>{f' ×{times}' if times > 1 else ''}<ol>{steps}</ol></li>")
+    return (f"<li class='response{' selected' * r['selected']}' data-outcome='{' '.join(outcome)}'>"
+            f"<b>{', '.join(outcome)}</b>{f' ×{times}' if times > 1 else ''}<ol>{steps}</ol></li>")
 
 if __name__ == "__main__":
-    if len(sys.argv) < 2:
-        print("usage: python -m results.report runs/NAME ...", file=sys.stderr)
-        sys.exit(2)
-    for name in sys.argv[1:]:
-        advice = f"{name}: not what a run leaves"
-        with one_line_errors("results.report", advice, ValueError, KeyError, TypeError):
+    parser = argparse.ArgumentParser(description="Make the pages of runs again.")
+    parser.add_argument("runs", metavar="runs/NAME", nargs="+")
+    for name in parser.parse_args().runs:
+        with one_line_errors("results.report", f"{name}: no run", ValueError, KeyError, TypeError):
             print(f"wrote {write_page(name)}")

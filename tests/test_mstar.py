@@ -35,7 +35,8 @@ def run(tmp_path, tokenizer):
 
 def test_targets_are_the_response_and_nothing_else():
     image = torch.zeros(64, 64, 3, dtype=torch.uint8)
-    examples = [Example(image, [1, 50, 2], [60, 61, 3]), Example(image, [1, 50, 51, 52, 2], [70, 3])]
+    examples = [Example(image, [1, 50, 2], [60, 61, 3]),
+                Example(image, [1, 50, 51, 52, 2], [70, 3])]
     images, prompts, lengths, owner, ids, targets = collate(examples + examples[:1])
     assert prompts.tolist() == [[1, 50, 0, 0], [1, 50, 51, 52]] and lengths.tolist() == [2, 4]
     assert ids.tolist() == [[2, 60, 61], [2, 70, 0], [2, 60, 61]]
@@ -323,7 +324,8 @@ def test_the_best_temperature_wins_and_a_tie_keeps_the_current_one():
     values[1.3] = np.ones(60)
     assert mstar.best_temperature(values, 1.0) == (1.3, 1.3)
     # won - lost questions against their standard error, sqrt(won + lost)
-    for won, lost, is_tie in ((2, 1, True), (8, 5, True), (9, 4, False), (3, 0, False), (5, 5, True)):
+    for won, lost, is_tie in ((2, 1, True), (8, 5, True), (9, 4, False), (3, 0, False),
+                              (5, 5, True)):
         current = np.array([0.0] * won + [1.0] * lost + [1.0] * 50)
         other = np.array([1.0] * won + [0.0] * lost + [1.0] * 50)
         best, chosen = mstar.best_temperature({1.0: current, 1.2: other}, 1.0)

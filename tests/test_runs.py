@@ -236,14 +236,14 @@ def test_running_out_of_memory_names_the_flag(tmp_path, monkeypatch, capsys):
 
 # ---------------------------------------------------------------- the paper's tables
 
-FLAGS = ["--preset", "test", "--validation", "6", "--test", "10", "--testbed", "3", "--labeled", "16",
-         "--prm_questions", "6", "--threshold", "0", "--max_new_tokens", "8"]
+FLAGS = ["--preset", "test", "--validation", "6", "--test", "10", "--testbed", "3",
+         "--labeled", "16", "--prm_questions", "6", "--threshold", "0", "--max_new_tokens", "8"]
 
 
 @pytest.fixture(scope="module")
 def tables(tmp_path_factory):
-    """All tables in one folder, with grades by the text, so that the untrained policies have correct
-    responses to train on, and with sweeps that always choose T = 0.5."""
+    """All tables in one folder, with grades by the text, so that the untrained policies have
+    correct responses to train on, and with sweeps that always choose T = 0.5."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(mstar, "best_temperature", lambda values, current: (0.5, 0.5))
         patch.setattr(mstar, "announce", lambda *a: None)
@@ -285,7 +285,7 @@ def test_finished_arms_are_not_run_again_and_the_file_holds_the_result(tables):
 
 
 def test_arms_differ_in_their_switches_only(tables):
-    """The arms of all tables stand in one folder, from one pi_0 and PRM; watching changes nothing."""
+    """Arms of all tables stand in one folder, from one pi_0 and PRM; watching changes nothing."""
     arms = {}
     for name in results.tables.TABLES:
         arms |= {arm["arm"]: arm for arm in tables[0][name]["arms"] if arm["size"] == "medium"}

@@ -2,9 +2,9 @@
 torture.py: kill a run again and again, at any moment, and see that it ends as if nobody had.
 
 A small run is started, killed (half of the time by SIGKILL at a random moment, half of the time in
-the middle of a write: before, within, or after it), resumed, killed again, and so on to its end. Then
-its result rows, its metrics and the bytes of its weights are compared with those of a run that was
-not touched. Runs are processes made by fork, so that none waits for imports. A policy of a few
+the middle of a write: before, within, or after it), resumed, killed again, and so on to its end.
+Then its result rows, its metrics and the bytes of its weights are compared with those of a run that
+was not touched. Runs are processes made by fork, so that none waits for imports. A policy of a few
 seconds' training is never right: `grade` is replaced by a guess that depends on the text alone, so
 that there is something to learn.
 Run:      python tests/torture.py --kills 200
@@ -40,8 +40,8 @@ def guess(text, gold):
 
 
 def begin(argv, log, dies_at=None, rng=random):
-    """Start mstar.main(argv) in a new process; returns its id. `dies_at`: the number of the write in
-    which it dies."""
+    """Start mstar.main(argv) in a new process; returns its id. `dies_at`: the number of the write
+    in which it dies."""
     if process := os.fork():
         return process
     sys.stdout = sys.stderr = open(log, "a", buffering=1)
