@@ -647,6 +647,7 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description="The world of visual math: look at it.")
     parser.add_argument("--preview", metavar="FILE.png", required=True, type=Path,
                         help="write a contact sheet of all task types and testbeds")
+    parser.error = lambda message: parser.exit(2, f"data.py: {message}; see --help\n")
     path = parser.parse_args(argv).preview
     if path.suffix.lower() != ".png" or not path.parent.is_dir():
         parser.exit(2, f"data.py: --preview {path}: must end in .png, in a folder that exists\n")

@@ -239,6 +239,7 @@ def main(argv=None):
     """Command line of this file: score the policy of a run again, or compare finished runs."""
     parser = argparse.ArgumentParser(description="Score a saved policy again, or compare runs.")
     parser.add_argument("runs", metavar="runs/NAME", nargs="+", help="one run, or several")
+    parser.error = lambda message: parser.exit(2, f"evaluate.py: {message}; see --help\n")
     folders = parser.parse_args(argv).runs
     bad_input = ValueError, KeyError, TypeError
     with one_line_errors("evaluate.py", f"{' '.join(folders)}: not what runs leave", *bad_input):

@@ -348,6 +348,7 @@ def main(argv=None):
     """Command line of this file: audit the PRM of a run; writes audit.json into its folder."""
     parser = argparse.ArgumentParser(description="Hold the PRM of a run against the oracle.")
     parser.add_argument("run", metavar="runs/NAME", help="the folder of a run")
+    parser.error = lambda message: parser.exit(2, f"prm.py: {message}; see --help\n")
     folder, tokenizer = Path(parser.parse_args(argv).run), Tokenizer()
     with one_line_errors("prm.py", f"{folder}: not the folder of a run with a PRM"):
         config = read_json(folder / "config.json")

@@ -4,7 +4,6 @@ results/report.py: what a run says: before it begins, after an iteration, at its
 Read:     announce -> print_line -> make_report, print_report -> write_samples -> write_page
 Run:      python -m results.report runs/NAME      (make the page again, of an unfinished run, too)
 """
-import argparse
 import base64
 import hashlib
 import io
@@ -369,8 +368,9 @@ def html_response(r, times):
             f"<b>{', '.join(outcome)}</b>{f' ×{times}' if times > 1 else ''}<ol>{steps}</ol></li>")
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description="Make the pages of runs again.")
-    parser.add_argument("runs", metavar="runs/NAME", nargs="+")
-    for name in parser.parse_args().runs:
+    if len(sys.argv) < 2:
+        print("usage: python -m results.report runs/NAME ...", file=sys.stderr)
+        sys.exit(2)
+    for name in sys.argv[1:]:
         with one_line_errors("results.report", f"{name}: no run", ValueError, KeyError, TypeError):
             print(f"wrote {write_page(name)}")
