@@ -563,7 +563,7 @@ def build_world(sizes, seed=0):
                 world[split].append(question)
             elif tries == 10_000:                                  # of rectangles there are 17,280
                 raise ValueError(f"no new picture for question {number} of the split {split}: ask "
-                                 "for fewer questions (--labeled, --base_images)")
+                                 "for fewer questions (--labeled)")
     return world
 
 # ---------------------------------------------------------------- tokenizer

@@ -208,7 +208,7 @@ def one_line_errors(program, advice, *bad_input):
     except KeyboardInterrupt:                                      # Ctrl-C
         line, status = "stopped", 130
     except torch.OutOfMemoryError:                                 # a smaller part needs less
-        line, status = "out of memory: take a smaller --micro_batch", 2
+        line, status = "out of memory: begin again with a smaller --micro_batch", 2
     except FloatingPointError as error:                            # names the update
         line, status = str(error), 1
     except (OSError, *bad_input) as error:                         # a disk, or a file
@@ -221,17 +221,18 @@ def one_line_errors(program, advice, *bad_input):
 def compare(folders):
     """The main rows of finished runs on the same questions, the first of them first, and the paired
     gains of the others over it: (rows, {name: gain}). ValueError if they cannot be compared."""
-    rows, configs = [], []
+    rows, runs = [], []
     for folder in folders:
         report = read_json(Path(folder) / "report.json")
         config = {**report["config"], "out": ""}                   # wherever the run lies
         for name in ("world_seed", "validation", "test", "testbed"):   # the tests depend on them
-            if configs and config[name] != configs[0][name]:
+            if runs and config[name] != runs[0][0][name]:
                 raise ValueError(f"the runs have different --{name}: they cannot be paired")
-        if config in configs:
-            raise ValueError(f"{folder} is the run {folders[configs.index(config)]} once more")
-        configs.append(config)                                     # a run once more is no new seed
         row = next(row for row in report["rows"] if row["name"] == report["mine"])
+        run = config, row["graded"]                                # equal flags may be other code
+        if run in runs:
+            raise ValueError(f"{folder} is the run {folders[runs.index(run)]} once more")
+        runs.append(run)
         rows.append({**row, "name": f"{folder}: {row['name']}"})
     return rows, {row["name"]: paired_gain(row, rows[0]) for row in rows[1:]}
 

@@ -55,7 +55,7 @@ def setting(default, help, least=1, most=2**31, choices=None):
 class Config:
     """Every value that a run depends on. Each field is a flag: preset, then method, then typed."""
     out: str = setting("", "folder of the run; empty: runs/PRESET-METHOD-seedN, a number if taken")
-    preset: str = setting("cpu", "sizes of everything", choices=("cpu", "gpu", "test"))
+    preset: str = setting("cpu", "sizes; gpu where CUDA is found", choices=("cpu", "gpu", "test"))
     method: str = setting("mstar", "runs alone if typed; else beside those it is compared to")
     arms: str = setting("", "or: the methods to run from one pi_0 and one PRM, comma-separated")
     seed: int = setting(0, "of weights, order of the data, sampling", 0)
@@ -95,12 +95,12 @@ class Config:
     select: str = setting("all", "which correct responses are trained on",
                           choices=("all", "top", "threshold", "random"))
     keep_top: int = setting(2, "responses per question that top and random keep")
-    threshold: float = setting(0.25, "smallest R_p that threshold keeps (unknown in the paper)", 0)
+    threshold: float = setting(0.25, "threshold keeps what has a larger R_p (unknown in paper)", 0)
     unlabeled: str = setting("none", "take half of the questions from the unlabeled split",
                              choices=("none", "vote", "true_answers"))
     mix_in: float = setting(0.0, "share of the iterations before unlabeled questions join", 0, 0.99)
     temperature: str = setting("1.0", "of sampled responses: a number, or adaptive (1.0 at first)")
-    adapt_by: str = setting("reward_pass_at_k", "what a sweep maximises (k = keep_top)",
+    adapt_by: str = setting("reward_pass_at_k", "what a sweep maximises, with k = keep_top or all",
                             choices=("reward_pass_at_k", "pass_at_k"))
     sweep_every: int = setting(2, "iterations from sweep to sweep")
     watch_every: int = setting(0, "if above 0: measure every temperature that often", 0)
@@ -359,7 +359,8 @@ def pass_metrics(cfg, is_correct, rewards):
                "pass_at_k": is_correct.any(axis=1).astype(float)}
     n = is_correct.shape[1]
     L = min(cfg.rollouts_per_question, n)  # responses per question in training
-    for k in sorted({k for k in (1, 2, 4, cfg.keep_top) if k <= L and rewards is not None}):
+    ks = {min(k, L) for k in (1, 2, 4, cfg.keep_top)} if rewards is not None else ()
+    for k in sorted(ks):                                           # of L responses
         values = []                                                # [group][question]
         for j in range(0, n - L + 1, L):
             pairs = zip(is_correct[:, j:j + L], rewards[:, j:j + L])
@@ -525,9 +526,10 @@ class Run:
         lines = [line for line in self.lines if line["arm"] == name]  # they go on with it
         path = self.out / "checkpoint" / f"{name}-{number}.safetensors"
         save(path, policy, optimizer, number=number, lines=lines, **about)
-        for old in self._saved(name)[1:]:                          # only now: this one is whole
-            old.unlink()
-            old.with_suffix(".json").unlink(missing_ok=True)
+        for old in self._saved(name):
+            if old != path:                                        # only now: the new one is whole
+                old.unlink()
+                old.with_suffix(".json").unlink(missing_ok=True)
 
     def load(self, name, policy, optimizer):
         """Put back what `save` wrote last, and return its `about`; {} if there is nothing."""
@@ -575,7 +577,10 @@ def run_stages(cfg, out, command, program="mstar"):
     """All stages of a run, then its arms from the same pi_0 and PRM with equal responses and
     updates; returns the report. Only `program` may go on with the folder."""
     tokenizer, arms = Tokenizer(), arms_of(cfg)
-    world = build_world(cfg.splits, cfg.world_seed)                # the same for all seeds
+    try:
+        world = build_world(cfg.splits, cfg.world_seed)            # the same for all seeds
+    except ValueError as error:                                    # not enough pictures
+        fail(error)
     check_identity(cfg, out, command, program, world, tokenizer)
     run = Run(out, cfg.method, tokenizer, cfg.device or available_devices()[0])
     config, T = model_config(cfg, tokenizer), cfg.max_new_tokens
@@ -593,7 +598,7 @@ def run_stages(cfg, out, command, program="mstar"):
         row = run.result(f"checkpoint/test of {name}", evaluate_policy, name, policy, world, T)
         rows.append(row)
     for arm in arms:
-        run.lines = list(lines)                                    # of the arms before it
+        run.lines, run.last_log = list(lines), time.time()         # of the arms before it
         result = run.result(f"checkpoint/arm {arm.method}", run_arm, arm, base, pi_0, prm, world,
                             run)
         rows.append(result["row"])                                 # of the result table
@@ -629,7 +634,10 @@ def check_identity(cfg, out, command, program, world, tokenizer):
     path = out / "config.json"                                     # the first file of a run
     if not path.exists():
         write_json(path, {**identity, "command": command})
-    before = read_json(path)                                       # also of a new run
+    try:
+        before = read_json(path)                                   # as JSON gives it back
+    except ValueError as error:
+        fail(error)
     free = ("arms", "method", "out", *SWITCHES) if program != "mstar" else ()  # tables share it
     for name, value in identity.items():
         if name not in free and before.get(name) != value:
@@ -706,6 +714,7 @@ def begun_with(folder, typed):
         fail(f"--resume {folder}: no run of this version was begun there ({error})")
     if saved["program"] != "mstar":
         fail(f"--resume {folder}: it goes on by its own command: {saved['command']}")
+    check(cfg)                                                     # on this machine, too
     return cfg
 
 def new_folder(cfg):

@@ -16,6 +16,7 @@ import argparse
 import math
 import random
 import sys
+import time
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -350,14 +351,16 @@ def main(argv=None):
     parser.add_argument("run", metavar="runs/NAME", help="the folder of a run")
     parser.error = lambda message: parser.exit(2, f"prm.py: {message}; see --help\n")
     folder, tokenizer = Path(parser.parse_args(argv).run), Tokenizer()
-    with one_line_errors("prm.py", f"{folder}: not the folder of a run with a PRM"):
+    bad_input, began = (ValueError, KeyError, TypeError), time.time()
+    with one_line_errors("prm.py", f"{folder}: not the folder of a run with a PRM", *bad_input):
         config = read_json(folder / "config.json")
         pi_0 = load_network(folder / "pi_0.safetensors", tokenizer)
         prm = load_network(folder / "prm.safetensors", tokenizer, kind=RewardModel)
         labels = [StepLabels(**label) for label in read_json(folder / "labels.json")["labels"]]
         world = build_world(config["splits"], config["world_seed"])
+    with one_line_errors("prm.py", f"{folder}/audit.json is as it was"):
         result = audit(pi_0, prm, labels, world["labeled"], world["test"], config["max_new_tokens"])
-        write_json(folder / "audit.json", result)
+        write_json(folder / "audit.json", {**result, "seconds": time.time() - began})
     for name, row in result["selection"].items():
         print(f"{name:<10} {row['responses']:>6,} correct, {percent(row['unsound'])} unsound")
     for N, row in result["verifier"].items():

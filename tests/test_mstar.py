@@ -347,6 +347,16 @@ def test_reward_pass_is_over_as_many_responses_as_a_training_question_gets():
     assert "reward_pass_at_1" not in mstar.pass_metrics(cfg, correct, None)
 
 
+@pytest.mark.parametrize("L, keep_top", [(8, 16), (3, 4), (8, 9), (1, 2)])
+def test_a_sweep_finds_its_aim_for_any_keep_top(policy, world, L, keep_top):
+    cfg = config("--rollouts_per_question", str(L), "--keep_top", str(keep_top),
+                 "--monitor_rollouts", "8", "--max_new_tokens", "4")
+    prm = RewardModel(policy.config, policy.tokenizer)
+    small = {"validation": world["validation"][:2]}
+    assert mstar.choose_temperature(cfg, policy, prm, small, 1.0)[1]["aim"].endswith(
+        f"_{min(L, keep_top)}")
+
+
 def test_greedy_accuracy_is_of_greedy_responses(policy, world, monkeypatch):
     def respond(policy, prompts, how, title):
         assert how.temperature == [0.0, 0.8, 0.8] and list(how.streams) == [0, 1, 2]
@@ -429,6 +439,13 @@ def test_wrong_use_exits_2_with_one_line_and_writes_nothing(flags, named, tmp_pa
     error = capsys.readouterr().err
     assert stop.value.code == 2 and error.count("\n") == 1 and named in error
     assert not list(tmp_path.iterdir())
+
+
+def test_a_world_without_enough_pictures_is_one_line(tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        mstar.main([*TINY, "--labeled", "90000", "--out", str(tmp_path)])
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.count("\n") == 1 and "--labeled" in error
 
 
 def test_a_folder_in_use_is_never_written_to(tmp_path, capsys):
