@@ -489,7 +489,7 @@ def oracle(question, text):
     A reading is true if the picture shows it. An operation is true if it is right and both its
     numbers come from the question or an earlier line (be that line true or false: an error is
     charged to the line that makes it). The answer line is true if it names the gold answer and an
-    earlier line has worked it out. Anything else is false."""
+    earlier line, true or false, ends in that number. Anything else is false."""
     known = {value for value in question.slots.values() if isinstance(value, int)}
     for route in question.routes:
         known |= {node.value for node in ast.walk(_tree(route)) if isinstance(node, ast.Constant)}
@@ -510,7 +510,7 @@ def oracle(question, text):
     return verdicts
 
 def sound(question, text):
-    """Are all lines of a response true? The oracle's word for a valid derivation."""
+    """Are all lines of a response true? (Also of one that answers another question.)"""
     return all(oracle(question, text))
 
 # ---------------------------------------------------------------- splits
@@ -524,7 +524,7 @@ def _make(rng, template, id, look="plain", unseen_wording=False):
         answers = {}                                               # route -> answer
         for route in template.routes:
             answer = work_out(_tree(route), lambda letter: facts.get(slots[letter], slots[letter]))
-            if answer:  # None: a number left 1 .. LARGEST
+            if answer:  # None: beyond 1 .. LARGEST
                 answers[route] = answer
         if answers:
             break

@@ -102,7 +102,7 @@ def grade(text, gold):
     """Binary reward 1(a == a*), with a third outcome: "correct", "wrong" or "unparseable", which is
     counted apart everywhere. Answers are compared by value: 7, 7.0 and 07 agree."""
     answer = find_answer(text)
-    if answer is None:                                             # apart from wrong
+    if answer is None:                                             # is counted apart
         return "unparseable"
     return "correct" if answer == Fraction(gold) else "wrong"      # 1(a == a*)
 

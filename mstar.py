@@ -274,7 +274,7 @@ def pseudo_answered(cfg, prm, questions, num_labeled, prompts, texts):
     rewards = response_rewards(prm, prompts[num_labeled:], tokens)                     # R_p
     for question, group, weights in zip(questions[num_labeled:], texts, rewards):
         vote = weighted_vote(list(map(find_answer, group)), weights)  # the pseudo answer
-        answered.append(replace(question, answer=-1 if vote is None else vote))        # -1: no text
+        answered.append(replace(question, answer=-1 if vote is None else vote))        # -1: none is
     return answered
 
 # ---------------------------------------------------------------- 2. reward
@@ -307,7 +307,7 @@ def select(cfg, prm, prompts, correct, iteration):
 
 def improve(cfg, policy, optimizer, prompts, kept, iteration):
     """SFT on the kept responses, for this iteration's part of all updates: {updates, loss}."""
-    before = round(cfg.evolve_updates * (iteration - 1) / cfg.iterations)  # parts of one total
+    before = round(cfg.evolve_updates * (iteration - 1) / cfg.iterations)  # whole updates
     after = round(cfg.evolve_updates * iteration / cfg.iterations)
     title = f"{cfg.method} {iteration}: SFT"
     return sft(cfg, policy, optimizer, prompts, kept, after - before, title, iteration)
@@ -383,7 +383,7 @@ def validate(cfg, policy, prm, world, temperature, iteration):
         "by_question": {"greedy": as_text(greedy), "num_correct": as_text(is_correct.sum(axis=1)),
                         "reward_pass_at_2": as_text(passes.get("reward_pass_at_2", ()))},
         "unsound": share_unsound(questions, correct),              # of unique correct responses
-        # the mean of -log p over sampled tokens estimates the entropy per token, in nats
+        # the mean of -log p over sampled tokens estimates the entropy per token, in nats, at T
         "entropy": -float(np.mean(list(chain.from_iterable(r.log_probs for r in sampled)))),
         "unparseable": outcomes["unparseable"] / len(sampled),
         "truncated": sum(not response.complete for response in sampled) / len(sampled)}
@@ -414,7 +414,7 @@ def best_temperature(values, current):
     """(the temperature of the largest mean, the one to take) of values {temperature: (Q,)}. It must
     beat the current one by more than the standard error of the difference, paired by question (our
     choice: the paper takes the best)."""
-    mean = {t: round(float(v.mean()), 9) for t, v in values.items()}  # equal ones are equal
+    mean = {t: round(float(v.mean()), 9) for t, v in values.items()}  # float noise breaks no tie
     largest = [t for t in mean if mean[t] == max(mean.values())]   # often several
     best = min(largest, key=lambda t: (abs(t - current), t))       # the nearest
     gain = values[best] - values[current]                          # (Q,)
@@ -460,7 +460,7 @@ def stage_warmup(cfg, base, world):
     print(f"warm-up   {share_correct} of {outcomes.total():,} responses correct, {len(kept):,} "
           f"different ones kept, {percent(unsound)} of them unsound", flush=True)
     pi_0 = copy.deepcopy(base)                                     # the base is still needed
-    # a decayed rate, so that pi_0 is settled: self-evolving gains on it by more than a smaller one
+    # decayed, so that pi_0 has settled: what self-evolving gains is not only a smaller rate
     optimizer = new_optimizer(cfg, pi_0, cfg.warmup_lr, decay_over=cfg.warmup_updates)
     prompts = make_prompts(pi_0, questions)                        # without the answer
     trained = sft(cfg, pi_0, optimizer, prompts, kept, cfg.warmup_updates, "warm-up: SFT")
@@ -485,7 +485,7 @@ def direct_sft(cfg, base, world, run):
 
 def model_config(cfg, tokenizer):
     """Sizes of the network, from the Config's fields of the same names."""
-    names = [f.name for f in fields(ModelConfig) if hasattr(cfg, f.name)]  # all but vocabulary
+    names = [f.name for f in fields(ModelConfig) if hasattr(cfg, f.name)]  # those that are flags
     return ModelConfig(vocabulary=len(tokenizer), **{name: getattr(cfg, name) for name in names})
 
 # ---------------------------------------------------------------- a run and its folder
@@ -523,7 +523,7 @@ class Run:
 
     def save(self, name, number, policy, optimizer, **about):
         """What goes on after round (or part) `number` of a training; the one before goes."""
-        lines = [line for line in self.lines if line["arm"] == name]  # they go on with it
+        lines = [line for line in self.lines if line["arm"] == name]  # a resumed run needs them
         path = self.out / "checkpoint" / f"{name}-{number}.safetensors"
         save(path, policy, optimizer, number=number, lines=lines, **about)
         for old in self._saved(name):

@@ -165,7 +165,7 @@ def train_prm(pi_0, questions, labels):
         optimizer.zero_grad()                                      # LBFGS calls this many times
         logits = prm((features - mean) / spread)                   # (steps,)
         loss = F.binary_cross_entropy_with_logits(logits, targets)
-        loss = loss + 1e-4 * prm.head.weight.square().sum()        # so that it has an end
+        loss = loss + 1e-4 * prm.head.weight.square().sum()        # else there may be no minimum
         loss.backward()
         return loss
 
@@ -208,7 +208,7 @@ def by_question(responses):
     """[(question index, text)] -> {question index: its texts}, in order, whatever the input's."""
     groups = defaultdict(list)
     for question, text in sorted(responses):
-        groups[question].append(text)                              # sorted, so texts are
+        groups[question].append(text)                              # in order: the input is
     return groups
 
 def top_k(responses, rewards, k):
@@ -293,7 +293,7 @@ def against_oracle(values, verdicts, asked):
     value, step, so_far, place = [], [], [], []
     for steps, verdict, question in zip(values, verdicts, asked):
         value += steps                                             # one number per step
-        step += verdict[:len(steps)]                               # a last line may be empty
+        step += verdict[:len(steps)]                               # a cut text may end in a break
         so_far += [all(verdict[:position + 1]) for position in range(len(steps))]  # and all before
         place += [(question, position) for position in range(len(steps))]
     result = {"steps": len(value)}
@@ -335,6 +335,7 @@ def verify(questions, texts, reward, likelihood, is_sound):
             answers = [find_answer(text) for text in texts[i][:N]]  # None where there is none
             rewards = [reward[i, text] for text in texts[i][:N]]
             likely = [likelihood[i, text] for text in texts[i][:N]]
+            # where nothing is sound, a plain vote
             soundness = [is_sound[i, text] + 1e-6 for text in texts[i][:N]]
             for way, answer in (("best_of_n", answers[int(np.argmax(rewards))]),
                                 ("likeliest", answers[int(np.argmax(likely))]),
