@@ -198,9 +198,13 @@ def score(prm, prompts, responses):
     return [[scores[q, tuple(tokens)] for tokens in group] for q, group in enumerate(responses)]
 
 def response_rewards(prm, prompts, responses):
-    """R_p of responses [Q][L] of token lists -> [Q][L] of floats: R_p(y) = min over steps of
-    f(s_i), a response is as good as its weakest step (the paper's equation for R_p)."""
-    return [list(map(min, group)) for group in score(prm, prompts, responses)]
+    """R_p of responses: [Q][L] of token lists -> [Q][L] of floats."""
+    return [list(map(reward_of, group)) for group in score(prm, prompts, responses)]
+
+def reward_of(steps):
+    """R_p(y) = min over steps of f(s_i): a response is as good as its weakest step (the paper's
+    equation for R_p)."""
+    return min(steps)
 
 # ---------------------------------------------------------------- selection and voting
 
@@ -208,7 +212,7 @@ def by_question(responses):
     """[(question index, text)] -> {question index: its texts}, in order, whatever the input's."""
     groups = defaultdict(list)
     for question, text in sorted(responses):
-        groups[question].append(text)                              # in order: the input is
+        groups[question].append(text)                              # in order: they are sorted
     return groups
 
 def top_k(responses, rewards, k):
@@ -258,7 +262,7 @@ def audit(pi_0, prm, labels, labeled, questions, max_new_tokens, n=16):
     for i, question in enumerate(questions):
         for text, response, steps in zip(texts[i], responses[i], scores[i]):
             verdicts.append(oracle(question, text))                # of each line
-            is_sound[i, text], reward[i, text] = all(verdicts[-1]), min(steps)
+            is_sound[i, text], reward[i, text] = all(verdicts[-1]), reward_of(steps)
             likelihood[i, text] = sum(response.log_probs)          # of the whole response
     correct = sorted((i, text) for i, text in reward
                      if grade(text, questions[i].answer) == "correct")

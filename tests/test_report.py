@@ -174,8 +174,12 @@ def test_a_chart_for_each_metric_that_is_there(run_folder):
     assert len(drawn) == len(labels) == len(report.CURVES)         # the fixture has all of them
     by_title = {label.split(" by iteration. ")[0]: label for label in labels}
     assert by_title["Greedy accuracy"].endswith(f"{METHOD}: 50, 50")           # in percent
-    assert by_title["Unsound"].count(": ") >= 1
+    assert by_title["Unsound"].endswith(f"{METHOD}: 12.5, 12.5")
+    assert by_title["Entropy"].endswith(f"{METHOD}: 0.2, 0.2")                 # in nats
     assert len(drawn[0].split()) == 2
+    lines = [{"arm": "a", "iteration": 0}, {"arm": "a", "iteration": 1, "entropy": 3}]
+    one_point = report.html_curves(lines)                          # one chart, of one point
+    assert one_point.count("<polyline") == 1 and "Entropy by iteration. a: 3'" in one_point
 
 def test_responses_are_framed_coloured_and_marked_by_their_outcome(run_folder):
     page = Page(write_page(run_folder).read_text())
