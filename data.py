@@ -12,11 +12,15 @@ Run:      python data.py --preview FILE.png      (a contact sheet of all task ty
 """
 import argparse
 import ast
+import itertools
+import math
 import operator
 import random
 import re
 import sys
 import textwrap
+import zlib
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -24,7 +28,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFilter
+from PIL import Image, ImageDraw, ImageFont
 
 TASKS = ("FQA", "GPS", "MWP", "TQA", "VQA")                        # MathVista's columns
 TESTBEDS = ("style", "size", "layout", "compose", "wording")       # out of domain, one shift each
@@ -51,45 +55,23 @@ class Question:
 
 COLOURS = {"red": (222, 45, 38), "blue": (40, 90, 215), "green": (50, 160, 70),
            "yellow": (245, 205, 45), "purple": (145, 60, 175), "orange": (245, 130, 30)}
-SHAPES = ("circle", "square", "triangle", "star", "heart", "cross")
-FONT = ("75557", "26227", "71747", "71717", "55711",               # digits 0 .. 9: five rows of
-        "74717", "74757", "71122", "75757", "75717")               # three pixels, one octal each
 
-@lru_cache(maxsize=None)
-def _stamp(name, px, line=0):
-    """(px, px) bool masks of a shape or digit: all of it, and its outline, `line` pixels wide."""
-    if name.isdigit():                                             # 3 x 5 pixels, made larger
-        rows = [list(f"{int(octal):03b}") for octal in FONT[int(name)]]                # of bits
-        digit = Image.fromarray(np.array(rows, np.uint8) * 255)
-        digit = digit.resize((px * 9 // 16, px * 14 // 16), Image.NEAREST)
-        small = Image.new("L", (px, px))                           # in the middle of a square
-        small.paste(digit, ((px - digit.width) // 2, (px - digit.height) // 2))
-    else:
-        large = Image.new("L", (160, 160))                         # then reduced: even edges
-        _draw_shape(ImageDraw.Draw(large), name)
-        small = large.resize((px, px), Image.BOX)
-    mask = np.array(small) > 110
-    inside = np.array(small.filter(ImageFilter.MinFilter(2 * line + 1))) > 110  # shrunk by `line`
-    return mask, mask & ~inside                                    # the rest is the outline
+def _around(*corners):
+    """Corners (distance from the middle, angle clockwise from the top) in a square of 1 x 1."""
+    return [(0.5 + distance * math.sin(math.radians(angle)),
+             0.5 - distance * math.cos(math.radians(angle))) for distance, angle in corners]
 
-def _draw_shape(pen, name):
-    """One shape, filled, on a canvas of 160 x 160."""
-    if name == "circle":
-        pen.ellipse((8, 8, 152, 152), fill=255)
-    elif name == "square":
-        pen.rectangle((14, 14, 146, 146), fill=255)
-    elif name == "triangle":
-        pen.polygon([(80, 5), (155, 150), (5, 150)], fill=255)
-    elif name == "star":
-        pen.polygon([(80 + radius * np.sin(k * np.pi / 5), 84 - radius * np.cos(k * np.pi / 5))
-                     for k, radius in enumerate([80, 34] * 5)], fill=255)
-    elif name == "heart":
-        for x in (8, 76):
-            pen.ellipse((x, 12, x + 76, 88), fill=255)
-        pen.polygon([(11, 66), (149, 66), (80, 154)], fill=255)
-    elif name == "cross":
-        pen.line((18, 18, 142, 142), fill=255, width=44)
-        pen.line((18, 142, 142, 18), fill=255, width=44)
+CORNERS = {
+    "circle": _around(*[(0.44, angle) for angle in range(0, 360, 15)]),
+    "square": _around(*[(0.56, angle) for angle in range(45, 360, 90)]),
+    "triangle": _around((0.5, 0), (0.6, 128), (0.6, 232)),
+    "star": _around(*[(0.2 if k % 2 else 0.5, 36 * k) for k in range(10)]),
+    "heart": _around((0.2, 0), (0.43, 25), (0.5, 48), (0.44, 80), (0.46, 180), (0.44, 280),
+                     (0.5, 312), (0.43, 335)),
+    "cross": _around(*[(0.2 if k % 3 == 0 else 0.56, 90 * (k // 3) + (0, 30, 60)[k % 3])
+                       for k in range(12)]),
+}
+SHAPES = tuple(CORNERS)
 
 def render(question, size=128):
     """Draw a question's picture: (size, size, 3) uint8. ValueError if `size` is no multiple of 64.
@@ -101,82 +83,69 @@ def render(question, size=128):
         ("shape", y, x, name, colour)                 in one square
         ("item", row, column, name, colour, price)    in one cell, a shape and its price 1..9
         ("cell", row, column, colour, value)          a table cell
-    `look` "style" changes palette, background, line width and adds noise; "layout" shifts, turns
-    and rescales the whole, at random, but the same for the same question. (By the last four letters
-    of the drawing's text: only 13 looks of each. Another rule would change all results'
-    pictures.)"""
+    `look` "style" changes palette, background and ink, may leave only outlines, and adds noise;
+    "layout" turns and shifts the whole: at random, but the same for the same drawing."""
     if size % 64:
         raise ValueError(f"image size {size} is not a multiple of 64")
-    chance = np.random.default_rng(int.from_bytes(repr(question.drawing).encode()[-4:], "big"))
-    colours = {name: np.array(rgb) for name, rgb in COLOURS.items()}
-    background, ink, hollow = 255, np.array((20, 20, 20)), False
+    chance = np.random.default_rng(zlib.crc32(repr(question.drawing).encode()))
+    colours, background, ink, hollow = dict(COLOURS), (255, 255, 255), (20, 20, 20), False
     if question.look == "style":
-        for name, tint in zip(colours, chance.integers(-28, 29, (len(COLOURS), 3))):
-            colours[name] = np.clip(colours[name] + tint, 0, 255)  # another palette
-        background = chance.integers(225, 256, 3)
-        ink = chance.integers(0, 70, 3)
+        for name, rgb in COLOURS.items():                          # another palette
+            colours[name] = tuple(np.clip(rgb + chance.integers(-50, 51, 3), 0, 255).tolist())
+        background = tuple(chance.integers(225, 256, 3).tolist())
+        ink = tuple(chance.integers(0, 70, 3).tolist())
         hollow = bool(chance.random() < 0.5)                       # only outlines
-    canvas = np.empty((size, size, 3), np.uint8)                   # rows, columns, colours
-    canvas[:] = background
-    _paint(canvas, question.drawing, colours, ink, hollow)
-    if question.look == "style":
-        canvas = np.clip(canvas + chance.normal(0, 9, canvas.shape), 0, 255).astype(np.uint8)
+    canvas = Image.new("RGB", (2 * size, 2 * size), background)    # then reduced: even edges
+    _paint(ImageDraw.Draw(canvas), question.drawing, size // 32, colours, ink, hollow)
+    canvas = canvas.reduce(2)
     if question.look == "layout":
-        canvas = _moved(canvas, chance)
-    return canvas
+        shift = tuple(chance.uniform(-1, 1, 2) * size / 64)        # by up to a unit
+        canvas = canvas.rotate(chance.uniform(-3, 3), Image.BILINEAR, translate=shift,
+                               fillcolor=background)
+    pixels = np.array(canvas)                                      # rows, columns, colours
+    if question.look == "style":
+        pixels = np.clip(pixels + chance.normal(0, 16, pixels.shape), 0, 255).astype(np.uint8)
+    return pixels
 
-def _paint(canvas, drawing, colours, ink, hollow):
-    """Put the primitives of a drawing on the canvas."""
-    size = len(canvas)
-    u, cell = size // 64, size // 4                                # a unit, a cell in pixels
+def _paint(pen, drawing, u, colours, ink, hollow):
+    """Put the primitives of a drawing on a canvas of 64 x 64 units of `u` pixels."""
+    font = ImageFont.load_default(8 * u)
 
-    def square(y, x):                                              # a view of one square
-        return canvas[y * 8 * u:(y + 1) * 8 * u, x * 8 * u:(x + 1) * 8 * u]
+    def box(x, y, width, height, colour):                          # in units
+        pen.rectangle((x * u, y * u, (x + width) * u - 1, (y + height) * u - 1), colour)
 
-    def draw_shape(y, x, name, colour):                            # its outline is dark
-        mask, outline = _stamp(name, 8 * u, u if hollow else max(1, u // 2))
-        square(y, x)[mask] = square(y, x)[-1, -1] if hollow else colours[colour]
-        square(y, x)[outline] = colours[colour] if hollow else ink
+    def shape(y, x, name, colour):                                 # in squares; its edge is dark
+        corners = [((x + right) * 8 * u, (y + down) * 8 * u) for right, down in CORNERS[name]]
+        fill, edge = (None, colours[colour]) if hollow else (colours[colour], ink)
+        pen.polygon(corners, fill, edge, width=u if hollow else u // 2)
 
     if any(kind == "rect" for kind, *_ in drawing):                # the grid that sides are
-        canvas[::8 * u] = canvas[:, ::8 * u] = 215                 # counted on
+        for k in range(8):                                         # counted on
+            box(8 * k, 0, 0.5, 64, (215, 215, 215))
+            box(0, 8 * k, 64, 0.5, (215, 215, 215))
     for kind, *part in drawing:
         if kind == "bar":
             column, colour, height = part
             for level in range(height):                            # a stack of unit blocks: its
-                bottom = size - 3 * u - 6 * u * level              # height can be counted
-                canvas[bottom - 5 * u:bottom, column * cell + 2 * u:column * cell + 14 * u] = \
-                    colours[colour]
-            canvas[size - 2 * u:size - u, :(column + 1) * cell] = ink          # the ground
+                box(16 * column + 2, 56 - 6 * level, 12, 5, colours[colour])   # height is counted
+            box(0, 62, 16 * (column + 1), 1, ink)                  # the ground
         elif kind == "rect":
-            x, y, width, height = (8 * u * number for number in part[:4])
-            inside = canvas[y:y + height, x:x + width]             # a view
-            inside[:] = colours[part[4]]
-            inside[::8 * u] = inside[:, ::8 * u] = 255             # its own grid, in white
+            x, y, width, height, colour = part
+            for right, down in itertools.product(range(width), range(height)):
+                box(8 * (x + right) + 0.5, 8 * (y + down) + 0.5, 7.5, 7.5, colours[colour])
         elif kind == "shape":                                      # a member of a group
-            draw_shape(*part)
+            shape(*part)
         else:
             row, column, *_, value = part
             if kind == "item":                                     # a shape and its price
-                draw_shape(2 * row, 2 * column, *part[2:4])
+                shape(2 * row, 2 * column, *part[2:4])
             else:
                 strength = (0.6, 0.4, 0.2)[column]                 # a row fades to the right
-                for y, x in ((0, 0), (0, 1), (1, 0)):
-                    faded = strength * colours[part[2]] + (1 - strength) * 255
-                    square(2 * row + y, 2 * column + x)[:] = faded
-            digit, _ = _stamp(str(value), 8 * u)                   # a price or a value
-            square(2 * row + 1, 2 * column + 1)[digit] = ink
-
-def _moved(canvas, chance):
-    """The whole picture a little smaller, turned by up to 3 degrees, and shifted."""
-    size = len(canvas)
-    zoom, angle = chance.uniform(0.95, 1.0), np.deg2rad(chance.uniform(-3, 3))
-    cos, sin, middle = np.cos(angle) / zoom, np.sin(angle) / zoom, size / 2
-    x, y = middle + chance.uniform(-0.5, 0.5, 2) * (size // 64)    # where the middle goes
-    move = (cos, sin, middle - cos * x - sin * y, -sin, cos, middle + sin * x - cos * y)
-    moved = Image.fromarray(canvas).transform((size, size), Image.AFFINE, move, Image.BILINEAR,
-                                              fillcolor=(255,) * 3)
-    return np.array(moved)
+                faded = [round(255 - strength * (255 - c)) for c in colours[part[2]]]
+                for x, y in ((0, 0), (8, 0), (0, 8)):              # three of the four squares
+                    box(16 * column + x, 16 * row + y, 8, 8, tuple(faded))
+            middle = (16 * column + 12) * u, (16 * row + 12) * u   # of the last square
+            pen.text(middle, str(value), ink, font, anchor="mm")   # a price or a value
 
 # ---------------------------------------------------------------- scenes
 # A scene draws a picture and names what a question may speak of. It returns (drawing, facts, slots,
@@ -220,11 +189,11 @@ def shop(rng, items=None, rows=range(4), columns=range(4)):
     plurals = {letter + "s": _plural(shape) for letter, shape in slots.items()}
     return drawing, facts, slots, slots | plurals
 
-def table(rng, pick):
-    """A table of three coloured rows, each fading from left to right. `pick` says what a, b, c are:
-    the cells of one "row" or "column", or any three "cells"; with "rows", d, e, f are a second."""
-    colours, columns = rng.sample(list(COLOURS), 3), ("left", "middle", "right")
-    first = rng.randint(0, 1)                                      # its first row of cells
+def table(rng, pick, rows=3):
+    """A table of coloured rows, each fading from left to right. `pick` says what a, b, c are: the
+    cells of one "row" or "column", or any three "cells"."""
+    colours, columns = rng.sample(list(COLOURS), rows), ("left", "middle", "right")
+    first = rng.randint(0, 4 - rows)                               # its first row of cells
     facts = {f"{colour} {column}": rng.randint(1, 9) for colour in colours for column in columns}
     drawing = [("cell", first + i, j, colour, facts[f"{colour} {column}"])
                for i, colour in enumerate(colours) for j, column in enumerate(columns)]
@@ -235,12 +204,10 @@ def table(rng, pick):
         cells = [f"{r} {column}" for column in columns]
     elif pick == "column":
         cells = [f"{colour} {c}" for colour in colours]
-    elif pick == "cells":
-        cells = any_three
     else:
-        cells = [f"{colour} {column}" for colour in (r, s) for column in columns]
-    slots = dict(zip("abcdef", cells))
-    return drawing, facts, slots, slots | {"r": c if pick == "column" else r, "s": s}
+        cells = any_three
+    slots = dict(zip("abc", cells))
+    return drawing, facts, slots, slots | {"r": c if pick == "column" else r}
 
 def groups(rng, colours, pick, rows=range(4)):
     """Groups of one to four equal shapes, each group in a cell. `colours` says how often each
@@ -263,17 +230,15 @@ def groups(rng, colours, pick, rows=range(4)):
     shape_names = {letter: group.split()[1] for letter, group in slots.items()}
     return drawing, facts, slots, {"x": names[0]} | shape_names
 
-def with_shop(rng, scene, **where):
-    """Two task types in one picture: another scene, and a shop of two items, of which p is asked
-    for. Items take none of the colours that the question may name."""
+def beside_shop(rng, scene, **where):
+    """Another scene, which the question is about, and a shop of two items in the same picture.
+    Items take none of the colours that the question may name."""
     drawing, facts, slots, names = scene(rng)
     while True:
-        items, prices, shapes, _ = shop(rng, items=2, **where)
+        items, prices, _, _ = shop(rng, items=2, **where)
         item_colours = {colour for *_, colour, price in items}     # of both items
         if not item_colours & set(names.values()):
-            break
-    item = {"p": shapes["a"]}
-    return drawing + items, facts | prices, slots | item, names | item
+            return drawing + items, facts | prices, slots, names
 
 # ---------------------------------------------------------------- templates
 
@@ -305,20 +270,21 @@ IN_DOMAIN = (
     Template("FQA", "bars_total", chart,
              ("((a + b) + c) + d", "(a + b) + (c + d)", "((d + c) + b) + a"), {}, (
         "what is the total of all bars?", "how much are all bars together?",
-        "add all the bars.", "all bars together, what is the total?")),
+        "add all the bars.", "you buy all the bars. how much do you pay?")),
     Template("FQA", "bars_scaled", chart, SUM_SCALED, {"n": range(2, 6)}, (
         "each unit is {n} cars. how many cars are {a} and {b} together?",
         "how many cars are {a} and {b} with {n} cars for each unit?",
         "a unit is {n} cars. add the cars of {a} and {b}.",
-        "add {a} and {b}, {n} cars for each unit.")),
+        "you have {n} cars for each unit. how many for {a} and {b} together?")),
     Template("FQA", "bars_extreme", partial(chart, extreme=True), ("e * n",), {"n": DIGIT}, (
         "what is {n} times the {e} bar?", "multiply the {e} bar by {n}.",
-        "how much is the {e} bar times {n}?", "take the {e} bar {n} times.")),
+        "how much is the {e} bar times {n}?",
+        "you buy the {e} bar {n} times. how much do you pay?")),
     Template("GPS", "perimeter", rectangles,
              ("(a + h) * 2", "(h + a) * 2", "(a * 2) + (h * 2)"), {}, (
         "what is the perimeter of {a}?", "how long is the line around {a}?",
         "find the perimeter of the {a} rectangle.",
-        "how long is the line around the {a} rectangle?")),
+        "you find one {a} rectangle. how long is the line around?")),
     Template("GPS", "area_of_copies", rectangles,
              ("(a * h) + ((b * k) * n)", "((b * k) * n) + (a * h)"), {"n": range(2, 4)}, (
         "what is the area of one {a} and {n} {b} together?",
@@ -327,7 +293,7 @@ IN_DOMAIN = (
     Template("GPS", "area_difference", rectangles, ("(a * h) - (b * k)", "(h * a) - (k * b)"), {}, (
         "how much larger is the area of {a} than {b}?", "how many more squares fill {a} than {b}?",
         "take the area of {b} away from the area of {a}.",
-        "what is the area of {a} minus the area of {b}?")),
+        "you have {a} and take {b} away. how many squares are left?")),
     Template("MWP", "buy_two_kinds", shop, TWO_PRODUCTS, {"n": SMALL, "m": SMALL}, (
         "what do {n} {as} and {m} {bs} cost?",
         "you buy {n} {as} and {m} {bs}. how much do you pay?",
@@ -351,11 +317,12 @@ IN_DOMAIN = (
         "what is the cost of {n} {as} minus the cost of {n} {bs}?")),
     Template("TQA", "row_total", partial(table, pick="row"), SUM_OF_THREE, {}, (
         "what is the total of the {r} row?", "add the numbers in the {r} row.",
-        "how much is the {r} row together?", "find the total of all numbers in the {r} row.")),
+        "how much is the {r} row together?",
+        "you buy all numbers in the {r} row. how much do you pay?")),
     Template("TQA", "column_total", partial(table, pick="column"), SUM_OF_THREE, {}, (
         "what is the total of the {r} column?", "add the numbers in the {r} column.",
         "how much is the {r} column together?",
-        "find the total of all numbers in the {r} column.")),
+        "you buy all numbers in the {r} column. how much do you pay?")),
     Template("TQA", "multiply_add", partial(table, pick="cells"),
              ("(a * b) + c", "c + (a * b)"), {}, (
         "multiply {a} by {b}, then add {c}.", "what is {a} times {b} plus {c}?",
@@ -380,41 +347,40 @@ IN_DOMAIN = (
         "take the points of {b} away from {a} with {n} for each.",
         "with {n} points for each shape, how many more is {a} than {b}?")),
 )
-# Testbed `size`: longer chains and larger numbers, one template a task; testbed `compose`: two
-# hops, each of another task type, filed under the first. One wording each, and "" for the last.
+# Testbed `size`: questions of the training with multipliers just beyond those of training, or with
+# more in the picture. Testbed `compose`: questions of the training about one of two scenes that are
+# composed in one picture, which training never does. One wording each, and "" for the last.
 SIZE = (
-    Template("FQA", "bars_three_scaled", chart,
-             ("((a + b) + c) * n", "((a * n) + (b * n)) + (c * n)"), {"n": range(2, 6)}, (
-        "each unit is {n} cars. how many cars are {a} and {b} and {c} together?", "")),
-    Template("GPS", "area_of_all_copies", rectangles,
-             ("((a * h) * n) + ((b * k) * m)", "((b * k) * m) + ((a * h) * n)"),
-             {"n": range(2, 4), "m": range(2, 4)}, (
-        "what is the area of {n} {a} and {m} {b} together?", "")),
-    Template("MWP", "buy_three_kinds", partial(shop, items=6),
-             ("((a * n) + (b * m)) + (c * k)", "(a * n) + ((b * m) + (c * k))"),
-             {"n": SMALL, "m": SMALL, "k": SMALL}, (
-        "what do {n} {as} and {m} {bs} and {k} {cs} cost?", "")),
-    Template("TQA", "two_rows_total", partial(table, pick="rows"),
-             ("((a + b) + c) + ((d + e) + f)", "(a + (b + c)) + (d + (e + f))"), {}, (
-        "what is the total of the {r} row and the {s} row?", "")),
-    Template("VQA", "three_points", partial(groups, colours=(2, 1, 1), pick="shape"),
-             ("((a * n) + (b * m)) + (c * k)", "(a * n) + ((b * m) + (c * k))"),
-             {"n": DIGIT, "m": DIGIT, "k": DIGIT}, (
-        "a {a} is {n} points and a {b} is {m} and a {c} is {k}. how many points are there?", "")),
+    Template("FQA", "bars_scaled_more", chart, SUM_SCALED, {"n": range(6, 8)}, (
+        "each unit is {n} cars. how many cars are {a} and {b} together?", "")),
+    Template("GPS", "area_of_more_copies", rectangles,
+             ("(a * h) + ((b * k) * n)", "((b * k) * n) + (a * h)"), {"n": range(4, 6)}, (
+        "find the area of one {a} and {n} {b}.", "")),
+    Template("MWP", "buy_more", shop, TWO_PRODUCTS, {"n": range(7, 10), "m": range(7, 10)}, (
+        "what do {n} {as} and {m} {bs} cost?", "")),
+    Template("TQA", "row_of_four_total", partial(table, pick="row", rows=4), SUM_OF_THREE, {}, (
+        "what is the total of the {r} row?", "")),
+    Template("VQA", "points_among_six", partial(groups, colours=(2, 1, 1, 1, 1), pick="shape"),
+             TWO_PRODUCTS, {"n": DIGIT, "m": DIGIT}, (
+        "a {a} is {n} points and a {b} is {m}. how many points are there?", "")),
 )
-TWO_BARS = partial(chart, columns=2)
+TWO_BARS, ROW = partial(chart, columns=2), partial(table, pick="row")
 SHORT_RECTANGLES = partial(rectangles, longest=2, columns=4)
 TWO_GROUPS = partial(groups, colours=(2,), pick="in", rows=range(2))
 COMPOSE = (
-    Template("FQA", "bars_priced", partial(with_shop, scene=TWO_BARS, columns=(2, 3)),
-             ("(a + b) * p", "(a * p) + (b * p)"), {}, (
-        "for each unit of {a} and {b} you pay one {p}. how much do you pay?", "")),
-    Template("GPS", "area_and_price", partial(with_shop, scene=SHORT_RECTANGLES, columns=(2, 3)),
-             ("(a * h) + p", "p + (a * h)"), {}, (
-        "what is the area of {a} plus the cost of one {p}?", "")),
-    Template("VQA", "groups_priced", partial(with_shop, scene=TWO_GROUPS, rows=(2, 3)),
-             ("(a + b) * p", "(a * p) + (b * p)"), {}, (
-        "you pay one {p} for each {x} shape. how much do you pay?", "")),
+    Template("FQA", "bars_beside_shop", partial(beside_shop, scene=TWO_BARS, columns=(2, 3)),
+             SUM_SCALED, {"n": range(2, 6)}, (
+        "each unit is {n} cars. how many cars are {a} and {b} together?", "")),
+    Template("GPS", "area_beside_shop", partial(beside_shop, scene=SHORT_RECTANGLES,
+                                                columns=(2, 3)),
+             ("(a * h) - (b * k)", "(h * a) - (k * b)"), {}, (
+        "how much larger is the area of {a} than {b}?", "")),
+    Template("TQA", "row_beside_shop", partial(beside_shop, scene=ROW, columns=(3,)),
+             SUM_OF_THREE, {}, (
+        "what is the total of the {r} row?", "")),
+    Template("VQA", "points_beside_shop", partial(beside_shop, scene=TWO_GROUPS, rows=(2, 3)),
+             TWO_PRODUCTS, {"n": DIGIT, "m": DIGIT}, (
+        "each {x} {a} is {n} points and each other {x} shape is {m}. what is the total?", "")),
 )
 
 # ---------------------------------------------------------------- reasoning and oracle
@@ -423,30 +389,36 @@ COMPOSE = (
 def _tree(route):
     return ast.parse(route, mode="eval").body                      # BinOp, Name (a slot), Constant
 
-def work_out(node, value_of, write=None):
-    """The value of a route's tree, or None when a result leaves 1 .. LARGEST. `value_of(letter)`
-    gives a slot's value; `write(left, sign, right, result)` is called for every operation."""
-    if isinstance(node, ast.Constant):
-        return node.value
+def work_out(node, value_of, operate):
+    """The value of a route's tree, operands first. `value_of(leaf)` gives the value of a slot's
+    letter or of a constant; `operate(left, sign, right)` that of an operation."""
     if isinstance(node, ast.Name):
         return value_of(node.id)                                   # a slot
-    left = work_out(node.left, value_of, write)                    # operands first
-    right = work_out(node.right, value_of, write)
-    sign = SIGNS[type(node.op)]                                    # +, - or *
-    result = OPERATIONS[sign](left, right) if left and right else 0
-    if not 1 <= result <= LARGEST:
-        return None
-    if write:
-        write(left, sign, right, result)
-    return result
+    if isinstance(node, ast.Constant):
+        return value_of(node.value)
+    left = work_out(node.left, value_of, operate)
+    right = work_out(node.right, value_of, operate)
+    return operate(left, SIGNS[type(node.op)], right)              # +, - or *
+
+def answer_by(route, facts, slots):
+    """The answer by a route, or None if a result on the way leaves 1 .. LARGEST."""
+    def value_of(leaf):
+        subject = slots.get(leaf, leaf)                            # a constant is no letter
+        return facts.get(subject, subject)
+
+    def operate(left, sign, right):
+        result = OPERATIONS[sign](left, right) if left and right else 0
+        return result if 1 <= result <= LARGEST else None
+
+    return work_out(_tree(route), value_of, operate)
 
 def write_reasoning(question, rng):
     """One true reasoning text, by a route drawn with `rng` (random.Random), all readings first or
     each when it is needed. One reading or operation per line; the last line is "answer: N"."""
     lines = []
 
-    def read(letter):
-        subject = question.slots[letter]
+    def read(leaf):
+        subject = question.slots.get(leaf, leaf)
         if isinstance(subject, int):
             return subject                                         # a number of the question
         subjects = [subject]
@@ -459,29 +431,29 @@ def write_reasoning(question, rng):
                 lines.append(line)
         return question.facts[subject]
 
-    def write(left, sign, right, result):
+    def operate(left, sign, right):
+        result = OPERATIONS[sign](left, right)
         lines.append(f"{left} {sign} {right} = {result}")
+        return result
 
     tree = _tree(rng.choice(question.routes))
     if rng.random() < 0.5:                                         # all readings first
         letters = [node.id for node in ast.walk(tree) if isinstance(node, ast.Name)]
         for letter in rng.sample(letters, len(letters)):
             read(letter)
-    answer = work_out(tree, read, write)                           # reads what is missing
+    answer = work_out(tree, read, operate)                         # reads what is missing
     return "\n".join([*lines, f"answer: {answer}"])
-
-def write_caption(question, rng, asked):
-    """(prompt text, response text) about what can be read off the picture, worded like the readings
-    of a reasoning text: all of it, or, if `asked`, two to six facts that the prompt names."""
-    number = min(rng.randint(2, 6), len(question.facts)) if asked else len(question.facts)
-    subjects = rng.sample(sorted(question.facts), number)          # which facts
-    prompt = "describe " + " and ".join(subjects) if asked else "describe"
-    lines = [f"{subject} is {question.facts[subject]}" for subject in rng.sample(subjects, number)]
-    return prompt, "\n".join(lines)
 
 READING = re.compile(r"(.+) is (\d+)")
 OPERATION = re.compile(r"(\d+) ([+*-]) (\d+) = (\d+)")
-ANSWER = re.compile(r"answer: (\d+)")
+ANSWER = re.compile(r"answer: (\d+)\.?")
+
+def given_numbers(question):
+    """The numbers that a question states, and those that its routes bring along."""
+    numbers = {value for value in question.slots.values() if isinstance(value, int)}
+    for route in question.routes:
+        numbers |= {node.value for node in ast.walk(_tree(route)) if isinstance(node, ast.Constant)}
+    return numbers
 
 def oracle(question, text):
     """True or false for each line of a written text (list of bool). Never for training.
@@ -489,11 +461,10 @@ def oracle(question, text):
     A reading is true if the picture shows it. An operation is true if it is right and both its
     numbers come from the question or an earlier line (be that line true or false: an error is
     charged to the line that makes it). The answer line is true if it names the gold answer and an
-    earlier line, true or false, ends in that number. Anything else is false."""
-    known = {value for value in question.slots.values() if isinstance(value, int)}
-    for route in question.routes:
-        known |= {node.value for node in ast.walk(_tree(route)) if isinstance(node, ast.Constant)}
-    written, verdicts = set(), []                                  # numbers of the lines so far
+    earlier line, true or false, ends in that number; an empty line behind it is true, too. Anything
+    else is false. All true is not yet a derivation: see `sound`."""
+    known, written = given_numbers(question), set()                # numbers of the lines so far
+    verdicts, answered = [], False
     for line in text.split("\n"):
         is_true, number = False, None
         if match := OPERATION.fullmatch(line):
@@ -505,13 +476,58 @@ def oracle(question, text):
             is_true = question.facts.get(match[1]) == number
         elif match := ANSWER.fullmatch(line):
             is_true = int(match[1]) == question.answer and question.answer in written
+            answered = is_true
+        elif not line:
+            is_true = answered                                     # as `grade` sees it
         written.add(number)                                        # be it true or false
         verdicts.append(is_true)
     return verdicts
 
+def polynomial(left, sign, right):
+    """left + right, left - right or left * right of polynomials in the facts: each a frozenset of
+    (sorted names of facts, whole number), one per term. ("red", "red") is red squared."""
+    terms = Counter()
+    if sign == "*":
+        for (names, number), (more, factor) in itertools.product(left, right):
+            terms[tuple(sorted(names + more))] += number * factor
+    else:
+        terms.update(dict(left))
+        for names, number in right:
+            terms[names] += number if sign == "+" else -number
+    return frozenset(term for term in terms.items() if term[1])    # what cancels is gone
+
 def sound(question, text):
-    """Are all lines of a response true? (Also of one that answers another question.)"""
-    return all(oracle(question, text))
+    """Is a response a valid derivation of the answer: all its lines are true, and the answer is, as
+    a polynomial in the facts, what a route computes, in any order and by any true detour.
+
+    A written number may stand for several things (two readings of 7; 3 + 4 and a 7 of the
+    question): the response is sound if one way to understand it is. So that no text takes long,
+    detours by products of more facts than the routes have are not followed, and of more than 200
+    meanings of one number, which no text of `write_reasoning` has, only 200 are kept."""
+    if not all(oracle(question, text)):
+        return False
+    meanings = defaultdict(set)                                    # number -> polynomials
+
+    def meaning_of(leaf):
+        subject = question.slots.get(leaf, leaf)                   # a fact, or a number
+        return frozenset([((), subject) if isinstance(subject, int) else ((subject,), 1)])
+
+    goal = work_out(_tree(question.routes[0]), meaning_of, polynomial)     # all routes' is the same
+    for number in given_numbers(question):
+        meanings[number].add(meaning_of(number))
+    for line in text.split("\n"):
+        if match := OPERATION.fullmatch(line):
+            pairs = itertools.product(meanings[int(match[1])], meanings[int(match[3])])
+            found = {polynomial(a, match[2], b) for a, b in pairs}
+            found = {one for one in found if degree(one) <= degree(goal)}
+            meanings[int(match[4])] = set(sorted(meanings[int(match[4])] | found, key=sorted)[:200])
+        elif match := READING.fullmatch(line):
+            meanings[int(match[2])].add(meaning_of(match[1]))
+    return goal in meanings[question.answer]
+
+def degree(terms):
+    """The most facts that are multiplied in a term of a polynomial."""
+    return max((len(names) for names, _ in terms), default=0)
 
 # ---------------------------------------------------------------- splits
 
@@ -523,8 +539,7 @@ def _make(rng, template, id, look="plain", unseen_wording=False):
         slots = slots | numbers
         answers = {}                                               # route -> answer
         for route in template.routes:
-            answer = work_out(_tree(route), lambda letter: facts.get(slots[letter], slots[letter]))
-            if answer:  # None: beyond 1 .. LARGEST
+            if answer := answer_by(route, facts, slots):           # None: beyond 1 .. LARGEST
                 answers[route] = answer
         if answers:
             break
@@ -577,7 +592,7 @@ class Tokenizer:
         words = {*COLOURS, *SHAPES, *map(_plural, SHAPES)}         # words of facts
         words |= set("highest lowest left middle right width height".split())
         words |= set("is answer describe calculate".split())
-        for template in (*IN_DOMAIN, *SIZE, *COMPOSE):
+        for template in IN_DOMAIN:                                 # testbeds have no other words
             for wording in template.wordings:
                 words |= set(re.findall(r"[a-z]+", re.sub(r"\{\w+\}", "", wording)))
         self.symbols = ["<pad>", "<bos>", "<sep>", "<eos>", "\n", *".,:?+-*=",

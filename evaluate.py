@@ -4,7 +4,7 @@ evaluate.py: is an answer correct, how good is a policy, and how sure are we of 
 Paper (arXiv 2412.17451v3): the binary reward 1(a == a*) (section on the reward model), greedy
     accuracy, Pass@K and Reward-Pass@K (section on dynamics), the columns of its tables (in-domain
     test; MathVista's task types; out-of-domain benchmarks).
-Read:     evaluate_policy -> grade_greedily -> grade -> the statistics -> compare   (top-down)
+Read:     evaluate_policy -> answer_greedily -> grade -> the statistics -> compare   (top-down)
 Departs:  the in-domain test carries the task columns (the paper gives them for MathVista); the
           out-of-domain columns are our five testbeds. Answers are numbers. Intervals are ours.
 Run:      python evaluate.py runs/NAME               (score a saved policy again)
@@ -14,15 +14,16 @@ import argparse
 import math
 import re
 import sys
-from collections import defaultdict
+from collections import Counter, defaultdict
 from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from data import TASKS, TESTBEDS, Tokenizer, build_world, render
+from data import READING, TASKS, TESTBEDS, Tokenizer, build_world, oracle, render, sound
 from model import Prompt, Sampling, load_network, progress_bar, read_json, sample, write_json
 
 COLUMNS = ("ID", *TASKS, *TESTBEDS, "OOD")
@@ -32,31 +33,45 @@ COLUMNS = ("ID", *TASKS, *TESTBEDS, "OOD")
 def evaluate_policy(name, policy, world, max_new_tokens):
     """Greedy accuracy of a policy on the in-domain test, by task, and on every testbed: one row of
     the result table: {name, id: {all, FQA, ...}, ood: {style, ..., all} (the mean of the testbeds),
-    unparseable, shuffled_images, ci95, graded}; accuracies in [0, 1].
+    ci95 (id and ood as bootstrap intervals over questions), unparseable, unsound, readings,
+    graded}; accuracies in [0, 1].
 
-    shuffled_images: accuracy when every question gets the picture of another one, which is what can
-    be had without looking. ci95: id and ood as bootstrap intervals over questions. graded: a letter
-    per question (c correct, w wrong, u unparseable), for paired comparisons."""
-    test, graded = world["test"], {}                               # split -> letters
+    unsound: by the oracle, of the correct responses to the test. readings: {split: the share of
+    written readings that are true}, which is how well it sees. graded: a letter per question (c
+    correct, w wrong, u unparseable), for paired comparisons."""
+    graded, readings, unsound = {}, {}, None
     for split in ("test", *TESTBEDS):
-        grades = grade_greedily(policy, world[split], max_new_tokens, f"{name}: {split}")
-        graded[split] = "".join(outcome[0] for outcome in grades)
+        questions = world[split]
+        texts, grades = answer_greedily(policy, questions, max_new_tokens, f"{name}: {split}")
+        graded[split] = "".join(outcome[0] for outcome in grades)  # their first letters
+        readings[split] = true_readings(questions, texts)
+        if split == "test":
+            correct = [(i, text) for i, text in enumerate(texts) if grades[i] == "correct"]
+            unsound = share_unsound(questions, correct)
     on_test = {"all": correct_in(graded["test"])}                  # column -> (questions,) 0 or 1
     for task in TASKS:
-        on_test[task] = on_test["all"][[question.task == task for question in test]]  # a column
+        of_task = [question.task == task for question in world["test"]]
+        on_test[task] = on_test["all"][of_task]                    # a column of the paper
     on_bed = {bed: correct_in(graded[bed]) for bed in TESTBEDS}    # each (questions,)
     ood, ood_ci95 = accuracies(on_bed)
     ood["all"], ood_ci95["all"] = float(np.mean(list(ood.values()))), interval(*on_bed.values())
     id, id_ci95 = accuracies(on_test)
-    # in a random circle of questions, everyone takes the picture of the one before
-    circle = np.random.default_rng(0).permutation(len(test))
-    before = np.empty(len(test), int)                              # whose picture everyone takes
-    before[circle] = np.roll(circle, 1)
-    shuffled = grade_greedily(policy, test, max_new_tokens, f"{name}: shuffled images",
-                              pictured=[test[i] for i in before])
     return {"name": name, "id": id, "ood": ood, "ci95": {"id": id_ci95, "ood": ood_ci95},
-            "unparseable": graded["test"].count("u") / len(test),
-            "shuffled_images": shuffled.count("correct") / len(test), "graded": graded}
+            "unparseable": graded["test"].count("u") / len(graded["test"]), "unsound": unsound,
+            "readings": readings, "graded": graded}
+
+def true_readings(questions, texts):
+    """The share of true ones among the lines that read something off the picture; None of none."""
+    verdicts = []
+    for question, text in zip(questions, texts):
+        for line, is_true in zip(text.split("\n"), oracle(question, text)):
+            if READING.fullmatch(line):
+                verdicts.append(is_true)
+    return sum(verdicts) / len(verdicts) if verdicts else None
+
+def share_unsound(questions, responses):
+    """Share of [(question index, text)] that the oracle does not call sound; 0 of none."""
+    return sum(not sound(questions[i], text) for i, text in responses) / max(1, len(responses))
 
 def correct_in(letters):
     """(questions,) 1.0 where the answer is correct, from the letters of a row's `graded`."""
@@ -67,12 +82,12 @@ def accuracies(columns):
     return ({column: float(values.mean()) for column, values in columns.items()},
             {column: interval(values) for column, values in columns.items()})
 
-def make_prompts(policy, questions, with_answer=False, pictured=None):
+def make_prompts(policy, questions, with_answer=False):
     """Prompts of questions: the picture and the question, and with `with_answer` the gold answer
-    (the paper's warm-up). `pictured`: take the pictures of these questions instead."""
+    (the paper's warm-up)."""
     prompts = []
-    for question, with_picture in zip(questions, pictured or questions):
-        image = torch.from_numpy(render(with_picture, policy.config.image_size))
+    for question in questions:
+        image = torch.from_numpy(render(question, policy.config.image_size))
         answer = question.answer if with_answer else None          # gold, in the prompt
         prompts.append(Prompt(image, policy.tokenizer.prompt(question.text, answer)))
     return prompts
@@ -89,14 +104,15 @@ def tokens_of(responses):
     """[question][rollout] of Response -> the same of token lists."""
     return [[response.tokens for response in group] for group in responses]
 
-def grade_greedily(policy, questions, max_new_tokens, title, pictured=None):
-    """Grades of the greedy responses to questions."""
-    prompts = make_prompts(policy, questions, pictured=pictured)
-    texts, _ = sample_texts(policy, prompts, Sampling(1, 0.0, max_new_tokens, seed=0), title)  # T 0
-    return [grade(text, question.answer) for (text,), question in zip(texts, questions)]
+def answer_greedily(policy, questions, max_new_tokens, title):
+    """(the greedy response to each question, its grade)."""
+    how = Sampling(1, 0.0, max_new_tokens, seed=0)                 # temperature 0
+    texts, _ = sample_texts(policy, make_prompts(policy, questions), how, title)
+    texts = [text for (text,) in texts]
+    return texts, [grade(text, question.answer) for text, question in zip(texts, questions)]
 
-NUMBER = r"[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)"
-ANSWER_AT_END = re.compile(rf"answer:[ \t]*({NUMBER})[ \t]*\.?\s*\Z")
+NUMBER = r"[+-]?(?:[0-9]{1,30}(?:\.[0-9]{0,30})?|\.[0-9]{1,30})"   # longer ones are no answers
+ANSWER_AT_END = re.compile(rf"answer:[ \t]*+({NUMBER})[ \t]*+\.?\s*+\Z")        # *+: no second try
 
 def grade(text, gold):
     """Binary reward 1(a == a*), with a third outcome: "correct", "wrong" or "unparseable", which is
@@ -111,6 +127,82 @@ def find_answer(text):
     there is no such number."""
     match = ANSWER_AT_END.search(text)                             # at the end, so it is the last
     return Fraction(match[1]) if match else None
+
+def unique_correct(questions, texts):
+    """The binary reward 1(a == a*) as a filter: ([(question index, text)] of correct responses,
+    each text once per question; a Counter of the outcomes of all)."""
+    unique, outcomes = [], Counter()
+    for i, (question, group) in enumerate(zip(questions, texts)):
+        grades = [grade(text, question.answer) for text in group]
+        outcomes.update(grades)                                    # correct, wrong, unparseable
+        correct = [text for text, outcome in zip(group, grades) if outcome == "correct"]
+        unique += [(i, text) for text in dict.fromkeys(correct)]   # the order of the responses
+    return unique, outcomes
+
+# ---------------------------------------------------------------- exploration
+
+class Look(NamedTuple):
+    """n responses to each of Q questions, at one temperature."""
+    texts: list                # [question][n]
+    responses: list            # [question][n] of Response
+    is_correct: np.ndarray     # (Q, n)
+    rewards: np.ndarray        # (Q, n) R_p, or None
+
+def explore(policy, questions, how, reward=None):
+    """Sample how.rollouts (n) responses to each question at each of the temperatures of the list
+    how.temperature, at 0 a greedy one, with the same random numbers at every temperature:
+    {temperature: Look}. reward(prompts, [question][n] of tokens) gives [question][n] of R_p."""
+    prompts, at, streams = make_prompts(policy, questions), [], []
+    for temperature in how.temperature:
+        own = range(1, how.rollouts + 1) if temperature else [0]   # random streams
+        at += [temperature] * len(own)
+        streams += own
+    all_of_them = how._replace(rollouts=len(at), temperature=at, streams=streams)
+    all_texts, all_responses = sample_texts(policy, prompts, all_of_them, "validation")
+    looks = {}
+    for temperature in how.temperature:
+        own = slice(at.index(temperature), at.index(temperature) + at.count(temperature))
+        texts = [group[own] for group in all_texts]
+        responses = [group[own] for group in all_responses]
+        grades = []
+        for question, group in zip(questions, texts):
+            grades.append([grade(text, question.answer) for text in group])
+        rewards = None
+        if reward and temperature:
+            rewards = np.array(reward(prompts, tokens_of(responses)))                  # (Q, n)
+        looks[temperature] = Look(texts, responses, np.array(grades) == "correct", rewards)
+    return looks
+
+def pass_metrics(look, L, ks):
+    """{metric: (Q,)} of a Look. pass@k is over all n. Reward-Pass@k, for each of `ks`, is over L,
+    as many as a training question gets, the mean of the n / L groups: with more to choose from,
+    hotter sampling would look better than it trains."""
+    is_correct, n = look.is_correct, look.is_correct.shape[1]
+    metrics = {"pass_at_1": is_correct.mean(axis=1),
+               "pass_at_k": is_correct.any(axis=1).astype(float)}
+    L = min(L, n)
+    for k in sorted({min(k, L) for k in ks}) if look.rewards is not None else ():
+        values = []                                                # [group][question]
+        for j in range(0, n - L + 1, L):
+            pairs = zip(is_correct[:, j:j + L], look.rewards[:, j:j + L])
+            values.append([reward_pass_at_k(correct, reward, k) for correct, reward in pairs])
+        metrics[f"reward_pass_at_{k}"] = np.mean(values, axis=0)
+    return metrics
+
+def best_temperature(values, current):
+    """(the temperature of the largest mean, the one to take) of values {temperature: (Q,)}. It must
+    beat the current one by more than the standard error of the difference, paired by question (our
+    choice: the paper takes the best)."""
+    mean = {t: round(float(v.mean()), 9) for t, v in values.items()}  # float noise breaks no tie
+    largest = [t for t in mean if mean[t] == max(mean.values())]   # often several
+    best = min(largest, key=lambda t: (abs(t - current), t))       # the nearest
+    gain = values[best] - values[current]                          # (Q,)
+    standard_error = gain.std(ddof=1) / math.sqrt(len(gain)) if len(gain) > 1 else 0.0
+    return best, current if mean[best] - mean[current] <= standard_error else best
+
+def means(by_question):
+    """{metric: values of each question} -> {metric: mean}."""
+    return {name: float(np.mean(values)) for name, values in by_question.items()}
 
 # ---------------------------------------------------------------- statistics
 
@@ -182,6 +274,11 @@ def columns_of(row):
 def percent(part, whole=1):
     """"12.3 %", or a dash where there is nothing to take a share of."""
     return f"{100 * part / whole:.1f} %" if whole and part is not None else "-"
+
+def as_text(values):
+    """A number per question as one short text, "-" for None: as a list, JSON would give each a
+    line."""
+    return " ".join("-" if value is None else f"{value:g}" for value in values)
 
 def points(gain):
     """"+1.2 points [+0.3, +2.1]" of (gain, low, high)."""

@@ -416,10 +416,12 @@ def seed_for(seed, *purpose):
     return zlib.crc32(repr((seed, *purpose)).encode())
 
 class Example(NamedTuple):
-    """One training example: picture, prompt ids, response ids."""
+    """One training example: picture, prompt ids, response ids; for a reward model also a label per
+    response token, -1 where no step ends."""
     image: torch.Tensor
     prompt: list
     response: list
+    labels: list = ()
 
 def fit(policy, optimizer, stream, updates, micro_batch, title):
     """The training loop of every stage: an optimizer update for each of the next `updates` batches
@@ -445,7 +447,7 @@ def backward(policy, examples, micro_batch, pool):
     """Put the gradient of a batch's mean loss into .grad; returns the loss. `micro_batch` rows go
     through at once, one part after another or on the threads of a CPU. Each part counts by its
     share of the tokens, so the sum is the whole batch's."""
-    parameters = list(policy.parameters())
+    parameters = [p for p in policy.parameters() if p.requires_grad]
     total = sum(len(example.response) for example in examples)
     parts = [examples[i:i + micro_batch] for i in range(0, len(examples), micro_batch)]
 
@@ -473,7 +475,11 @@ def collate(examples):
     """Tensors of a batch, as `Policy.loss` takes them: images and prompts without their last token,
     each different pair once, with lengths (N,); owner (B,), which of them is each row's; ids
     (B, T): the last token of the prompt, then the response but for its last; targets (B, T): the
-    response, so that no prompt is learned, and -1 on padding."""
+    response, so that no prompt is learned, and -1 on padding; labels (B, T) where there are any."""
+    labels = ()
+    if examples[0].labels:                                         # for a reward model
+        labels = [nn.utils.rnn.pad_sequence([torch.tensor(example.labels) for example in examples],
+                                            batch_first=True, padding_value=-1.0)]
     number = {}                                    # (image by identity, prompt) -> its number
     different, owner = [], []
     for example in examples:
@@ -487,7 +493,7 @@ def collate(examples):
             torch.tensor([len(example.prompt) - 1 for example in different]),
             torch.tensor(owner),
             _padded([[example.prompt[-1], *example.response[:-1]] for example in examples], 0),
-            _padded([example.response for example in examples], -1))
+            _padded([example.response for example in examples], -1), *labels)
 
 def _padded(lists, value):
     rows = [torch.tensor(ids, dtype=torch.long) for ids in lists]

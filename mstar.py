@@ -27,23 +27,24 @@ import time
 import zlib
 from collections import Counter
 from dataclasses import asdict, dataclass, field, fields, replace
+from functools import partial
 from itertools import chain, count, islice
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from data import TESTBEDS, Tokenizer, build_world, sound
-from evaluate import (auc, evaluate_policy, find_answer, grade, interval, make_prompts,
-                      one_line_errors, percent, reward_pass_at_k, sample_texts,
-                      tokens_of)
-from model import (Example, ModelConfig, Optimizer, Policy, Sampling, adamw, batches, fit, load,
+from data import TESTBEDS, Tokenizer, build_world
+from evaluate import (as_text, auc, best_temperature, evaluate_policy, explore, find_answer,
+                      interval, make_prompts, means, one_line_errors, pass_metrics, percent,
+                      sample_texts, share_unsound, unique_correct)
+from model import (Example, Optimizer, Policy, Sampling, adamw, batches, fit, load,
                    load_network, read_json, save, seed_for, write_json, write_whole)
 from prm import (RewardModel, StepLabels, audit, label_steps, random_k, response_rewards, top_k,
                  train_prm, weighted_vote)
 from results.report import (announce, make_report, print_line, print_report, write_page,
                             write_samples)
-from weights.base import DIETS, train_base
+from weights.base import RECIPES, train_base
 
 GRID = tuple(round(0.3 + 0.1 * i, 1) for i in range(14))           # a sweep's T: 0.3 .. 1.6
 
@@ -62,36 +63,35 @@ class Config:
     device: str = setting("", "empty: cuda, then mps, then cpu")
     # the world
     world_seed: int = setting(0, "of pictures and questions, the same for all --seed", 0)
-    labeled: int = setting(8000, "training questions with answers (and as many unlabeled ones)", 2)
+    labeled: int = setting(8000, "training questions with answers (and as many unlabeled ones)", 3)
     validation: int = setting(250, "validation questions")
     test: int = setting(750, "in-domain test questions", 5)
     testbed: int = setting(250, "questions of each out-of-domain testbed")
-    # the policy
-    image_size: int = setting(128, "pixels per side, a multiple of 64")
-    patch_size: int = setting(16, "pixels per side of a patch")
-    vision_width: int = setting(64, "width of the vision tower")
-    vision_layers: int = setting(2, "its layers", 0)
-    vision_heads: int = setting(2, "its heads")
-    width: int = setting(128, "width of the decoder")
-    layers: int = setting(3, "its layers")
-    heads: int = setting(4, "its heads")
-    kv_heads: int = setting(4, "its key/value heads")
+    # the base policy
+    policy: str = setting("weights/base.safetensors", "what --method base wrote; or scratch: made "
+                          "first")
+    recipe: str = setting("cpu", "how a base is made from scratch", choices=tuple(RECIPES))
     # warm-up
     warmup_questions: int = setting(2000, "labeled questions that the base explains, given answers")
     warmup_rollouts: int = setting(4, "explanations of each")
     warmup_updates: int = setting(200, "updates on those that are correct")
     warmup_lr: float = setting(5e-4, "learning rate, also of direct SFT", 1e-9)
     # process reward model
-    prm_questions: int = setting(1000, "labeled questions whose responses are labeled by step", 2)
+    prm_questions: int = setting(4000, "labeled questions behind those, for step labels", 2)
     prm_responses: int = setting(4, "responses per question")
     prm_rollouts: int = setting(8, "completions per step")
     prm_temperature: float = setting(0.6, "temperature of the completions", 0.01, 100)
-    # self-evolving: the switches
+    prm_epochs: float = setting(3.0, "passes over the labeled responses", 1e-9)
+    prm_lr: float = setting(1e-3, "learning rate of the PRM, decayed", 1e-9)
+    # self-evolving
+    evolve_questions: int = setting(0, "labeled questions that are asked: the last so many; 0: all",
+                                    0)
+    # its switches
     start_from: str = setting("last", "weights that an iteration's training starts from",
                               choices=("last", "pi_0"))
     optimizer: str = setting("inherit", "optimizer state and schedule at each iteration",
                              choices=("inherit", "reset"))
-    interval: float = setting(0.25, "share of the labeled questions per iteration", 1e-9, 1)
+    interval: float = setting(0.25, "share of those questions per iteration", 1e-9, 1)
     select: str = setting("all", "which correct responses are trained on",
                           choices=("all", "top", "threshold", "random"))
     keep_top: int = setting(2, "responses per question that top and random keep")
@@ -104,7 +104,7 @@ class Config:
                             choices=("reward_pass_at_k", "pass_at_k"))
     sweep_every: int = setting(2, "iterations from sweep to sweep")
     watch_every: int = setting(0, "if above 0: measure every temperature that often", 0)
-    epochs: float = setting(2.0, "how often each labeled question is asked in all", 1e-9)
+    epochs: float = setting(2.0, "how often each of them is asked in all", 1e-9)
     rollouts_per_question: int = setting(8, "L; the paper: 16")
     evolve_updates: int = setting(2400, "updates of all iterations, equal for every method")
     evolve_lr: float = setting(1e-4, "learning rate, constant as in the paper", 1e-9)
@@ -113,24 +113,26 @@ class Config:
     micro_batch: int = setting(16, "of them at once; fewer need less memory")
     lr_warmup_updates: int = setting(20, "linear start of every schedule")
     monitor_rollouts: int = setting(16, "n of pass@k on validation")
-    max_new_tokens: int = setting(72, "longest response; true texts have up to 64")
+    max_new_tokens: int = setting(64, "longest response; true texts have up to 48")
 
     @property
     def splits(self):
         """Sizes of the splits, for data.build_world."""
-        return {"base": DIETS[self.preset].questions, "labeled": self.labeled,
+        base = RECIPES[self.recipe].questions if self.policy == "scratch" else 0
+        return {"base": base, "labeled": self.labeled,
                 "unlabeled": self.labeled, "validation": self.validation, "test": self.test,
                 **dict.fromkeys(TESTBEDS, self.testbed)}
 
     @property
     def questions_per_iteration(self):
         """Questions asked per iteration, labeled or not."""
-        return max(1, round(self.interval * self.labeled))
+        return max(1, round(self.interval * (self.evolve_questions or self.labeled)))
 
     @property
     def iterations(self):
         """Rounds of self-evolving."""
-        return max(1, round(self.epochs * self.labeled / self.questions_per_iteration))
+        asked = self.epochs * (self.evolve_questions or self.labeled)
+        return max(1, round(asked / self.questions_per_iteration))
 
     @property
     def needs_prm(self):
@@ -140,6 +142,7 @@ class Config:
 
 # The rows of the paper's tables, as differences of switches from the defaults above.
 METHODS = {
+    "base": {},                                                    # makes no more than the base
     "sft": {},                                                     # direct answers; its own stage
     # Table 1: how one goes on from round to round, and how large a round is
     "iterative_rft": {"interval": 1.0, "optimizer": "reset"},
@@ -173,18 +176,17 @@ SWITCHES = sorted(set(chain.from_iterable(METHODS.values())))      # names of fi
 COMPARED = "sft,continuous,prm,mstar"                              # what `python mstar.py` runs
 ROW_NAMES = {"pi_0": "pi_0 (warm-up)", "sft": "SFT (direct answers)", "prm": "+ PRM re-rank",
              "mstar": "M-STaR"}                                    # others have their own
-PRESETS = {                                                        # and DIETS in weights/base.py
+PRESETS = {
     "cpu": {},                                                     # the defaults: 2 cores
-    "test": dict(labeled=48, validation=10, test=20, testbed=5, width=32, layers=1, heads=2,
-                 kv_heads=1, vision_width=16, vision_layers=1, warmup_questions=10,
-                 warmup_rollouts=2, warmup_updates=3, prm_questions=20, prm_rollouts=2, epochs=1.0,
-                 rollouts_per_question=2, evolve_updates=4, batch_size=8, micro_batch=4,
-                 lr_warmup_updates=2, monitor_rollouts=4, max_new_tokens=24),
+    "test": dict(policy="scratch", recipe="test", labeled=48, validation=10, test=20, testbed=5,
+                 warmup_questions=10, warmup_rollouts=2, warmup_updates=3, prm_questions=20,
+                 prm_rollouts=2, prm_epochs=1.0, epochs=1.0, rollouts_per_question=2,
+                 evolve_updates=4, batch_size=8, micro_batch=4, lr_warmup_updates=2,
+                 monitor_rollouts=4, max_new_tokens=24),
     # sized on paper for one GPU of 16-24 GB and an hour; not measured yet
-    "gpu": dict(labeled=20000, patch_size=8, vision_width=256, vision_layers=4, vision_heads=4,
-                width=384, layers=6, heads=6, kv_heads=6, warmup_questions=5000, warmup_lr=3e-4,
-                rollouts_per_question=16, evolve_updates=6000, evolve_lr=5e-5, batch_size=128,
-                micro_batch=128),
+    "gpu": dict(policy="scratch", recipe="gpu", labeled=20000, warmup_questions=5000,
+                warmup_lr=3e-4, rollouts_per_question=16, evolve_updates=6000, evolve_lr=5e-5,
+                batch_size=128, micro_batch=128),
 }
 
 # ---------------------------------------------------------------- the paper's algorithm
@@ -252,7 +254,8 @@ def questions_for_iteration(cfg, world, iteration):
     def part(split, first, number):
         purpose = ("questions",) if split == "labeled" else ("questions", split)
         rng = random.Random(seed_for(cfg.seed, *purpose))
-        orders = (rng.sample(world[split], len(world[split])) for _ in count())
+        asked = world.get(split, [])[-cfg.evolve_questions:]       # 0: all
+        orders = (rng.sample(asked, len(asked)) for _ in count())
         return list(islice(chain.from_iterable(orders), first, first + number))
 
     n, joined = cfg.questions_per_iteration, 0
@@ -278,17 +281,6 @@ def pseudo_answered(cfg, prm, questions, num_labeled, prompts, texts):
     return answered
 
 # ---------------------------------------------------------------- 2. reward
-
-def unique_correct(questions, texts):
-    """The binary reward 1(a == a*) as a filter: ([(question index, text)] of correct responses,
-    each text once per question; a Counter of the outcomes of all)."""
-    unique, outcomes = [], Counter()
-    for i, (question, group) in enumerate(zip(questions, texts)):
-        grades = [grade(text, question.answer) for text in group]
-        outcomes.update(grades)                                    # correct, wrong, unparseable
-        correct = [text for text, outcome in zip(group, grades) if outcome == "correct"]
-        unique += [(i, text) for text in dict.fromkeys(correct)]   # the order of the responses
-    return unique, outcomes
 
 def select(cfg, prm, prompts, correct, iteration):
     """The paper's H: which of the correct responses, [(question index, text)], are trained on."""
@@ -326,61 +318,30 @@ def sft(cfg, policy, optimizer, prompts, kept, updates, title, seed=0, fit=fit):
 
 # ---------------------------------------------------------------- 4. validate, and balance
 
-def explore(cfg, policy, prm, questions, temperatures):
-    """Sample monitor_rollouts (n) responses to each question at each temperature, at 0 a greedy
-    one, with the same random numbers at every temperature and iteration: {temperature: (texts,
-    responses, is_correct (Q, n), rewards (Q, n) or None)}."""
-    prompts, at, streams = make_prompts(policy, questions), [], []
-    for temperature in temperatures:
-        own = range(1, cfg.monitor_rollouts + 1) if temperature else [0]  # random streams
-        at += [temperature] * len(own)
-        streams += own
-    how = Sampling(len(at), at, cfg.max_new_tokens, seed_for(cfg.seed, "monitor"), streams)
-    all_texts, all_responses = sample_texts(policy, prompts, how, "validation")
-    looks = {}
-    for temperature in temperatures:
-        own = slice(at.index(temperature), at.index(temperature) + at.count(temperature))
-        texts = [group[own] for group in all_texts]
-        responses = [group[own] for group in all_responses]
-        grades = []
-        for question, group in zip(questions, texts):
-            grades.append([grade(text, question.answer) for text in group])
-        rewards = None
-        if prm and temperature:
-            rewards = np.array(response_rewards(prm, prompts, tokens_of(responses)))   # (Q, n)
-        looks[temperature] = texts, responses, np.array(grades) == "correct", rewards
-    return looks
+def look_at(cfg, policy, prm, questions, temperatures):
+    """`explore` with the settings of a run: the same random numbers at every iteration."""
+    how = Sampling(cfg.monitor_rollouts, temperatures, cfg.max_new_tokens,
+                   seed_for(cfg.seed, "monitor"))
+    reward = partial(response_rewards, prm) if prm else None
+    return explore(policy, questions, how, reward)
 
-def pass_metrics(cfg, is_correct, rewards):
-    """{metric: (Q,)} of is_correct and rewards (Q, n). pass@k is over all n. Reward-Pass@k is over
-    L, as many as a training question gets, the mean of the n / L groups: with more to choose from,
-    hotter sampling would look better than it trains."""
-    metrics = {"pass_at_1": is_correct.mean(axis=1),
-               "pass_at_k": is_correct.any(axis=1).astype(float)}
-    n = is_correct.shape[1]
-    L = min(cfg.rollouts_per_question, n)  # responses per question in training
-    ks = {min(k, L) for k in (1, 2, 4, cfg.keep_top)} if rewards is not None else ()
-    for k in sorted(ks):                                           # of L responses
-        values = []                                                # [group][question]
-        for j in range(0, n - L + 1, L):
-            pairs = zip(is_correct[:, j:j + L], rewards[:, j:j + L])
-            values.append([reward_pass_at_k(correct, reward, k) for correct, reward in pairs])
-        metrics[f"reward_pass_at_{k}"] = np.mean(values, axis=0)
-    return metrics
+def passes_of(cfg, look):
+    """`pass_metrics` of a Look, with L and keep_top of training."""
+    return pass_metrics(look, cfg.rollouts_per_question, (1, 2, 4, cfg.keep_top))
 
 def validate(cfg, policy, prm, world, temperature, iteration):
     """Metrics on the validation questions, of a greedy response each and monitor_rollouts sampled
     ones at `temperature`; every watch_every iterations also at all temperatures of the grid."""
     questions = world["validation"]
-    looks = explore(cfg, policy, prm, questions, [0.0, temperature])
-    greedy = looks[0.0][2][:, 0]                                   # (Q,)
-    texts, responses, is_correct, rewards = looks[temperature]     # [question][n]
-    correct, outcomes = unique_correct(questions, texts)           # [(question index, text)]
-    sampled = list(chain.from_iterable(responses))                 # all responses in a row
-    passes = pass_metrics(cfg, is_correct, rewards)
+    looks = look_at(cfg, policy, prm, questions, [0.0, temperature])
+    greedy, look = looks[0.0].is_correct[:, 0], looks[temperature]  # (Q,), and [question][n]
+    correct, outcomes = unique_correct(questions, look.texts)      # [(question index, text)]
+    sampled = list(chain.from_iterable(look.responses))            # all responses in a row
+    passes = passes_of(cfg, look)
     metrics = {
         "greedy_accuracy": float(greedy.mean()), "k": cfg.monitor_rollouts, **means(passes),
-        "by_question": {"greedy": as_text(greedy), "num_correct": as_text(is_correct.sum(axis=1)),
+        "by_question": {"greedy": as_text(greedy),
+                        "num_correct": as_text(look.is_correct.sum(axis=1)),
                         "reward_pass_at_2": as_text(passes.get("reward_pass_at_2", ()))},
         "unsound": share_unsound(questions, correct),              # of unique correct responses
         # the mean of -log p over sampled tokens estimates the entropy per token, in nats, at T
@@ -388,10 +349,10 @@ def validate(cfg, policy, prm, world, temperature, iteration):
         "unparseable": outcomes["unparseable"] / len(sampled),
         "truncated": sum(not response.complete for response in sampled) / len(sampled)}
     if prm:                                # does the PRM, fixed since pi_0, still know this policy?
-        metrics["reward_auc"] = auc(is_correct.ravel(), rewards.ravel())
+        metrics["reward_auc"] = auc(look.is_correct.ravel(), look.rewards.ravel())
     if cfg.watch_every and iteration % cfg.watch_every == 0:
-        looks = explore(cfg, policy, prm, questions, sorted({temperature, *GRID}))
-        looks = {str(t): pass_metrics(cfg, *look[2:]) for t, look in looks.items()}
+        looks = look_at(cfg, policy, prm, questions, sorted({temperature, *GRID}))
+        looks = {str(t): passes_of(cfg, look) for t, look in looks.items()}
         metrics["watched"] = {
             "surface": {t: means(passes) for t, passes in looks.items()},
             "any_correct": {t: as_text(passes["pass_at_k"]) for t, passes in looks.items()}}
@@ -402,32 +363,13 @@ def choose_temperature(cfg, policy, prm, world, current):
     the grid on the validation questions; what the sweep found)."""
     k = min(cfg.keep_top, cfg.rollouts_per_question, cfg.monitor_rollouts)  # the paper: 2
     aim = "pass_at_k" if cfg.adapt_by == "pass_at_k" else f"reward_pass_at_{k}"
-    looks = explore(cfg, policy, prm, world["validation"], sorted({current, *GRID}))
-    looks = {t: pass_metrics(cfg, *look[2:]) for t, look in looks.items()}
+    looks = look_at(cfg, policy, prm, world["validation"], sorted({current, *GRID}))
+    looks = {t: passes_of(cfg, look) for t, look in looks.items()}
     best, chosen = best_temperature({t: passes[aim] for t, passes in looks.items()}, current)
     gain = looks[best][aim] - looks[current][aim]                  # (Q,)
     return chosen, {"aim": aim, "before": current, "best": best, "chosen": chosen,
                     "gain": [float(gain.mean()), *interval(gain)],
                     "surface": {str(t): means(passes) for t, passes in looks.items()}}
-
-def best_temperature(values, current):
-    """(the temperature of the largest mean, the one to take) of values {temperature: (Q,)}. It must
-    beat the current one by more than the standard error of the difference, paired by question (our
-    choice: the paper takes the best)."""
-    mean = {t: round(float(v.mean()), 9) for t, v in values.items()}  # float noise breaks no tie
-    largest = [t for t in mean if mean[t] == max(mean.values())]   # often several
-    best = min(largest, key=lambda t: (abs(t - current), t))       # the nearest
-    gain = values[best] - values[current]                          # (Q,)
-    standard_error = gain.std(ddof=1) / math.sqrt(len(gain)) if len(gain) > 1 else 0.0
-    return best, current if mean[best] - mean[current] <= standard_error else best
-
-def means(by_question):
-    """{metric: values of each question} -> {metric: mean}."""
-    return {name: float(np.mean(values)) for name, values in by_question.items()}
-
-def as_text(values):
-    """A number per question as one short text: as a list, JSON would give each a line."""
-    return " ".join(f"{value:g}" for value in values)
 
 def describe_round(questions, answered, num_labeled, outcomes, correct, kept):
     """What an iteration was trained on, in the words of metrics.jsonl. answered: the questions with
@@ -439,10 +381,6 @@ def describe_round(questions, answered, num_labeled, outcomes, correct, kept):
             "num_kept": len(kept), "unsound_correct": share_unsound(questions, correct),
             "unsound_kept": share_unsound(questions, kept), "num_unlabeled": len(unlabeled),
             "pseudo_answers_true": true_answers / len(unlabeled) if unlabeled else None}
-
-def share_unsound(questions, responses):
-    """Share of [(question index, text)] that the oracle does not call sound; 0 of none."""
-    return sum(not sound(questions[i], text) for i, text in responses) / max(1, len(responses))
 
 # ---------------------------------------------------------------- the stages before it
 
@@ -470,23 +408,23 @@ def stage_labels(cfg, pi_0, world):
     """Label steps of pi_0's responses by Monte-Carlo rollouts, for the PRM: {labels}."""
     how = Sampling(cfg.prm_responses, 1.0, cfg.max_new_tokens, seed_for(cfg.seed, "labels"))
     rollouts = Sampling(cfg.prm_rollouts, cfg.prm_temperature, cfg.max_new_tokens, how.seed + 1)
-    labels = label_steps(pi_0, world["labeled"][:cfg.prm_questions], how, rollouts)
+    labels = label_steps(pi_0, prm_split(cfg, world), how, rollouts)
     return {"labels": [label._asdict() for label in labels]}
+
+def prm_split(cfg, world):
+    """The questions for step labels: pi_0 was not warmed up on them."""
+    return world["labeled"][cfg.warmup_questions:][:cfg.prm_questions]
 
 def direct_sft(cfg, base, world, run):
     """The paper's "SFT" row: the base trained on the labeled answers, without reasoning, for as
-    many updates as warm-up and self-evolving make together."""
+    many updates as warm-up and self-evolving are to make together. (policy, updates)."""
     policy, updates = copy.deepcopy(base), cfg.warmup_updates + cfg.evolve_updates
     optimizer = new_optimizer(cfg, policy, cfg.warmup_lr, decay_over=updates)
-    answers = [(i, f"answer: {q.answer}") for i, q in enumerate(world["labeled"])]  # no steps
-    prompts = make_prompts(policy, world["labeled"])
-    sft(cfg, policy, optimizer, prompts, answers, updates, "sft", fit=run.fit)
-    return policy
-
-def model_config(cfg, tokenizer):
-    """Sizes of the network, from the Config's fields of the same names."""
-    names = [f.name for f in fields(ModelConfig) if hasattr(cfg, f.name)]  # those that are flags
-    return ModelConfig(vocabulary=len(tokenizer), **{name: getattr(cfg, name) for name in names})
+    questions = world["labeled"][-cfg.evolve_questions:]
+    answers = [(i, f"answer: {question.answer}") for i, question in enumerate(questions)]
+    prompts = make_prompts(policy, questions)                      # and no steps
+    trained = sft(cfg, policy, optimizer, prompts, answers, updates, "sft", fit=run.fit)
+    return policy, trained["updates"]
 
 # ---------------------------------------------------------------- a run and its folder
 
@@ -583,21 +521,27 @@ def run_stages(cfg, out, command, program="mstar"):
         fail(error)
     check_identity(cfg, out, command, program, world, tokenizer)
     run = Run(out, cfg.method, tokenizer, cfg.device or available_devices()[0])
-    config, T = model_config(cfg, tokenizer), cfg.max_new_tokens
-    announce(cfg, arms, GRID, run, world, Policy(config, tokenizer).to(run.device))
-    base = run.network("checkpoint/base", Policy, train_base, config, world["base"], cfg, run)
-    pi_0 = run.network("pi_0", Policy, stage_warmup, cfg, base, world)
-    prm = None                                                     # only where an arm asks it
-    if any(arm.needs_prm for arm in arms):
+    announce(cfg, run)
+    if cfg.policy == "scratch":
+        base = run.network("checkpoint/base", Policy, train_base, world["base"], cfg, run)
+    else:
+        base = load_network(cfg.policy, tokenizer, run.device)
+    T, prm = cfg.max_new_tokens, None                              # the longest response
+    rows = [run.result("checkpoint/test of base", evaluate_policy, "base", base, world, T)]
+    lines = []                                                     # of metrics.jsonl
+    if cfg.method == "base":
+        save(run.out / "policy.safetensors", base, made_by=command, **run.about.get("base", {}))
+    evolved = [arm for arm in arms if arm.method != "base"]
+    if evolved:
+        pi_0 = run.network("pi_0", Policy, stage_warmup, cfg, base, world)
+        rows.append(run.result("checkpoint/test of pi_0", evaluate_policy, ROW_NAMES["pi_0"], pi_0,
+                               world, T))
+    if any(arm.needs_prm for arm in evolved):
         labels = run.result("labels", stage_labels, cfg, pi_0, world)["labels"]
-        labels = [StepLabels(**label) for label in labels]
-        prm = run.network("prm", RewardModel, train_prm, pi_0, world["labeled"], labels)
-        run.result("audit", audit, pi_0, prm, labels, world["labeled"], world["test"], T)
-    rows, lines = [], []
-    for name, policy in (("base", base), (ROW_NAMES["pi_0"], pi_0)):
-        row = run.result(f"checkpoint/test of {name}", evaluate_policy, name, policy, world, T)
-        rows.append(row)
-    for arm in arms:
+        labels, asked = [StepLabels(**label) for label in labels], prm_split(cfg, world)
+        prm = run.network("prm", RewardModel, train_prm, cfg, pi_0, asked, labels)
+        run.result("audit", audit, pi_0, prm, labels, asked, world["test"], T)
+    for arm in evolved:
         run.lines, run.last_log = list(lines), time.time()         # of the arms before it
         result = run.result(f"checkpoint/arm {arm.method}", run_arm, arm, base, pi_0, prm, world,
                             run)
@@ -607,15 +551,18 @@ def run_stages(cfg, out, command, program="mstar"):
     return make_report(cfg, run, command, world, rows, mine, lines)
 
 def run_arm(cfg, base, pi_0, prm, world, run):
-    """One method from pi_0 on: {row, lines of metrics.jsonl}. The main method's policy is saved."""
+    """One method from pi_0 on: {row, lines of metrics.jsonl, updates made}. The main method's
+    policy is saved."""
     if cfg.method == "sft":                                        # no loop
-        policy = direct_sft(cfg, base, world, run)
+        policy, updates = direct_sft(cfg, base, world, run)
     else:
-        policy = self_evolve(cfg, pi_0, prm, world, run)
+        policy, updates = self_evolve(cfg, pi_0, prm, world, run), 0
     if cfg.method == run.main_method:                              # others are only measured
         save(run.out / "policy.safetensors", policy)
     row = evaluate_policy(ROW_NAMES.get(cfg.method, cfg.method), policy, world, cfg.max_new_tokens)
-    return {"row": row, "lines": [line for line in run.lines if line["arm"] == cfg.method]}
+    lines = [line for line in run.lines if line["arm"] == cfg.method]
+    updates += sum(line.get("updates", 0) for line in lines)
+    return {"row": row, "lines": lines, "updates": updates}
 
 def arms_of(cfg):
     """The Configs of the arms to run. A typed switch is for the arm of --method; the others have
@@ -629,8 +576,11 @@ def arms_of(cfg):
 def check_identity(cfg, out, command, program, world, tokenizer):
     """Write config.json of a new run; exit 2 if the folder was begun with another configuration,
     vocabulary or world: what is saved there would mean something else."""
-    world_sum = zlib.crc32(repr((tokenizer.symbols, DIETS[cfg.preset], world)).encode())
-    identity = {**asdict(cfg), "program": program, "splits": cfg.splits, "world": world_sum}
+    base = RECIPES[cfg.recipe]                                     # what a base is made by
+    if cfg.policy != "scratch":
+        base = read_json(Path(cfg.policy).with_suffix(".json"))["weights"]             # a checksum
+    meaning = zlib.crc32(repr((tokenizer.symbols, base, world)).encode())
+    identity = {**asdict(cfg), "program": program, "splits": cfg.splits, "world": meaning}
     path = out / "config.json"                                     # the first file of a run
     if not path.exists():
         write_json(path, {**identity, "command": command})
@@ -693,15 +643,23 @@ def check(cfg):
             fail(f"--{f.name} {getattr(cfg, f.name)}: must be from {least} to {most}")
     if cfg.device not in ("", *available_devices()):               # say what there is
         fail(f"--device {cfg.device}: this machine has {', '.join(available_devices())}")
-    if cfg.image_size % 64:                                        # the canvas has 64 units
-        fail(f"--image_size {cfg.image_size}: must be a multiple of 64")
-    try:
-        model_config(cfg, "x")                                     # its own checks
-    except ValueError as error:
-        fail(f"--{error}")
+    if cfg.recipe not in RECIPES:                                  # of another size: Table 5
+        fail(f"--recipe {cfg.recipe}: not one of {', '.join(RECIPES)}")
+    needed = max(cfg.warmup_questions + cfg.prm_questions, cfg.evolve_questions)
+    if needed > cfg.labeled:
+        fail(f"--labeled {cfg.labeled}: at least {needed}, for --warmup_questions with other "
+             "--prm_questions, and for --evolve_questions")
+    if cfg.policy != "scratch":
+        try:
+            size = load_network(cfg.policy, Tokenizer()).config.image_size
+        except (OSError, ValueError) as error:
+            fail(f"--policy: {error}")
+        if size % 64:                                              # the canvas has 64 units
+            fail(f"--policy {cfg.policy}: reads pictures of {size} pixels, no multiple of 64")
     if len({arm.iterations * arm.questions_per_iteration for arm in arms_of(cfg)}) > 1:
-        fail(f"--epochs {cfg.epochs:g} of --labeled {cfg.labeled}: arms of different --interval do "
-             "not ask equally many: take whole epochs, and questions that each interval divides")
+        fail(f"--epochs {cfg.epochs:g} of --labeled {cfg.labeled}, or --evolve_questions, arms of "
+             "different --interval do not ask equally many: take whole epochs, and questions that "
+             "each interval divides")
 
 def begun_with(folder, typed):
     """The Config of the run in a folder. Exits 2 if there is none that goes on by this command."""

@@ -6,8 +6,8 @@ Paper (arXiv 2412.17451v3): the reward R = H(1(a == a*) R_p), R_p = min over ste
     H = Top-K (section on the reward model); step labels from Monte-Carlo rollouts (Math-Shepherd,
     arXiv 2312.08935); weighted voting (section on prompts).
 Read:     label_steps -> train_prm -> score -> top_k, weighted_vote -> audit   (top-down)
-Departs:  only the head is trained, and it reads log-probabilities, not hidden states (see
-          RewardModel). Rollouts per step and their temperature are not published: see mstar.Config.
+Departs:  pi_0 is fixed, and a network on top of it is trained (see RewardModel). Rollouts per step
+          and their temperature are not published: see mstar.Config.
 Run:      python prm.py runs/NAME      (hold the PRM of a run against the oracle)
 
 A step is one line of a response; it ends with its line break, the last one with the end token.
@@ -27,10 +27,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from data import Tokenizer, build_world, oracle
-from evaluate import (auc, find_answer, grade, grade_greedily, make_prompts, one_line_errors,
-                      percent, sample_texts, tokens_of)
-from model import (WORKERS, Example, Policy, Sampling, collate, load_network, read_json, write_json)
+from data import Tokenizer, build_world, oracle, sound
+from evaluate import (answer_greedily, as_text, auc, find_answer, grade, make_prompts,
+                      one_line_errors, percent, sample_texts, tokens_of)
+from model import (WORKERS, DecoderBlock, Example, Optimizer, Policy, Sampling, adamw, batches,
+                   causal, collate, fit, load_network, read_json, seed_for, write_json)
 
 # ---------------------------------------------------------------- step labels
 
@@ -82,119 +83,112 @@ def label_responses(policy, questions, prompts, responses, how):
 # ---------------------------------------------------------------- the model
 
 class RewardModel(nn.Module):
-    """f: pi_0 with one scalar head. The sigmoid of the head at a step's end is the step's score.
+    """f: a network on top of pi_0, with a scalar head. The sigmoid of the head at a step's end is
+    the step's score.
 
-    The head reads what pi_0 itself thought of the response so far: the sum of its tokens' log-
-    probabilities, the lowest one, that of the step's last word, and the number of the step. Only
-    the head is trained. In trials on two seeds, heads on the hidden state, with or without training
-    the whole network, knew which questions are hard, but not which of two responses to the same
-    question is false (AUC 0.49 to 0.58); these four numbers do (0.70 to 0.77). A network of three
-    layers sees what it expected only in its last one, too late to compare it with what came."""
-    FEATURES = 4
+    The paper trains all of pi_0 with a head on it. A policy of three layers knows what it expected
+    only in its last one, too late to hold it against what was written (in trials it could not tell
+    two responses to one question apart). So pi_0 is fixed here, and the network reads for each
+    token what pi_0 expected before it (its last hidden state), the token, and its log-probability.
+    A learned share of the log-probability of all that is written so far is added to the head: pi_0
+    itself finds false steps less likely, and that much need not be learned."""
+    BLOCKS = 2
 
     def __init__(self, config, tokenizer):
         super().__init__()
         self.config, self.tokenizer = config, tokenizer
         self.policy = Policy(config, tokenizer).requires_grad_(False)  # pi_0, fixed
-        self.head = nn.Linear(self.FEATURES, 1)                    # five numbers to learn
+        self.enter = nn.Linear(2 * config.width + 1, config.width)
+        self.blocks = nn.ModuleList(DecoderBlock(config) for _ in range(self.BLOCKS))
+        self.norm = nn.RMSNorm(config.width, eps=1e-5)
+        self.head = nn.Linear(config.width, 1)
+        self.share = nn.Parameter(torch.full((1,), 0.1))           # of the log-probability so far
+        nn.init.zeros_(self.head.weight)                           # it begins as likelihood alone
 
     @property
     def device(self):
         """Where the weights are."""
         return self.policy.device
 
-    def features(self, prompts, responses, rows=128):
-        """What the head reads: a Prompt and the tokens of a response, for each of n responses
-        -> list (n) of (steps, FEATURES). `rows` go through at once."""
-        of_image = defaultdict(list)                               # they go through side by side
-        for i, prompt in enumerate(prompts):
-            of_image[id(prompt.image)].append(i)
-        groups = sorted(of_image.values(), key=lambda group: max(len(responses[i]) for i in group))
-        order = [i for group in groups for i in group]             # short ones first: less padding
-        examples = [Example(*prompts[i], list(responses[i])) for i in order]
-        parts = [examples[start:start + rows] for start in range(0, len(examples), rows)]
-        with ThreadPoolExecutor(WORKERS if self.device.type == "cpu" else 1) as pool:
-            in_order = [steps for part in pool.map(self._features, parts) for steps in part]
-        return [steps for _, steps in sorted(zip(order, in_order), key=lambda pair: pair[0])]
+    def precision(self):
+        """As of the policy."""
+        return self.policy.precision()
 
-    @torch.no_grad()
-    def _features(self, examples):
-        *inputs, targets = [tensor.to(self.device) for tensor in collate(examples)]
-        with self.policy.precision():
-            logits = self.policy.logits(self.policy.hidden(*inputs))                   # (B, T, V)
-        picked = logits.log_softmax(-1).gather(2, targets.clamp(min=0)[..., None])     # (B, T, 1)
-        log_probs = picked[..., 0].cpu()                                               # (B, T)
-        so_far, lowest = log_probs.cumsum(1), log_probs.cummin(1).values               # (B, T) each
-        features = []
-        for row, example in enumerate(examples):
-            ends = torch.tensor(self.tokenizer.step_ends(example.response))            # (steps,)
-            last_word = (ends - 1).clamp(min=0)                    # it stands before the line break
-            number = torch.arange(1.0, len(ends) + 1)
-            features.append(torch.stack([so_far[row, ends], lowest[row, ends],
-                                         log_probs[row, last_word], number], dim=1))
-        return features
+    def forward(self, images, prompts, lengths, owner, ids, targets):
+        """A batch as `collate` makes it -> (B, T) logits: of the step that ends with each token of
+        the responses, `targets`."""
+        with torch.no_grad():
+            tokens = targets.clamp(min=0)                          # (B, T), padding is some token
+            expected = self.policy.hidden(images, prompts, lengths, owner, ids)        # (B, T, C)
+            log_probs = self.policy.logits(expected).log_softmax(dim=-1)               # (B, T, V)
+            log_probs = log_probs.gather(2, tokens[..., None])                         # (B, T, 1)
+            so_far = log_probs[..., 0].cumsum(dim=1)                                   # (B, T)
+            read = torch.cat([expected, self.policy.embed(tokens), log_probs], dim=-1)
+        x, T = self.enter(read), ids.shape[1]                                          # (B, T, C)
+        cos, sin = self.policy.rope(torch.arange(T, device=ids.device)[None])
+        for block in self.blocks:
+            x, _, _ = block(x, cos, sin, causal(T, ids.device))
+        return self.head(self.norm(x))[..., 0].float() + self.share * so_far
 
-    def forward(self, features):
-        """(n, FEATURES) -> (n,) logits."""
-        return self.head(features.to(self.head.weight))[:, 0]
+    def loss(self, images, prompts, lengths, owner, ids, targets, labels):
+        """Binary cross-entropy against soft labels (B, T), -1 where no step ends. Its sum over
+        steps is divided by the number of tokens, by which `fit` weighs the parts of a batch."""
+        is_end = labels >= 0
+        logits = self(images, prompts, lengths, owner, ids, targets)[is_end]           # (steps,)
+        total = F.binary_cross_entropy_with_logits(logits, labels[is_end], reduction="sum")
+        return total / (targets >= 0).sum()
 
-def train_prm(pi_0, questions, labels):
-    """Train the PRM: binary cross-entropy of the head against soft labels, all at once, to the end
-    (a convex problem of five numbers). The last tenth of the labeled questions, at least one, is
-    held out. Returns (RewardModel, {loss; of held-out steps, of which one counts as good if more
-    than half of its rollouts were correct, steps, good (their share), auc})."""
+def train_prm(cfg, pi_0, questions, labels):
+    """Train the PRM on step labels, but for those of the last tenth of the labeled questions, which
+    are held out. Returns (RewardModel, {loss; of held-out steps, of which one counts as good if
+    more than half of its rollouts were correct, steps, good (their share), auc})."""
+    torch.manual_seed(seed_for(cfg.seed, "PRM"))
     prm = RewardModel(pi_0.config, pi_0.tokenizer).to(pi_0.device)
     prm.policy.load_state_dict(pi_0.state_dict())                  # a copy
     number = 1 + max(label.question for label in labels)
     prompts, first = make_prompts(pi_0, questions[:number]), number - max(1, number // 10)
-    learned = [label for label in labels if label.question < first]  # by question, not response
+    learned = []                                                   # Examples
+    for label in labels:
+        if label.question < first:                                 # by question, not response
+            at_end = dict(zip(prm.tokenizer.step_ends(label.tokens), label.targets))
+            soft = [at_end.get(i, -1.0) for i in range(len(label.tokens))]
+            learned.append(Example(*prompts[label.question], label.tokens, soft))
+    updates = math.ceil(cfg.prm_epochs * len(learned) / cfg.batch_size)
+    trained = [p for p in prm.parameters() if p.requires_grad]
+    optimizer = Optimizer([adamw(prm, trained, cfg.prm_lr)], cfg.lr_warmup_updates, updates)
+    stream = batches(learned, cfg.batch_size, random.Random(seed_for(cfg.seed, "PRM")), together=4)
+    loss = fit(prm, optimizer, stream, updates, cfg.micro_batch, "PRM")
     held_out = [label for label in labels if label.question >= first]
-    features = torch.cat(prm.features([prompts[label.question] for label in learned],
-                                      [label.tokens for label in learned])).to(prm.device)
-    targets = torch.tensor([target for label in learned for target in label.targets])  # soft
-    targets = targets.to(prm.device)                               # (steps,)
-    if (targets > 0.5).all() or (targets <= 0.5).all():
-        print("PRM       all step labels are alike: its scores will be of no use for ranking")
-    mean, spread = features.mean(dim=0), features.std(dim=0, correction=0).clamp(min=1e-3)  # scale
-    nn.init.zeros_(prm.head.weight)
-    nn.init.zeros_(prm.head.bias)
-    optimizer = torch.optim.LBFGS(prm.head.parameters(), max_iter=200,
-                                  line_search_fn="strong_wolfe")
-
-    def closure():
-        optimizer.zero_grad()                                      # LBFGS calls this many times
-        logits = prm((features - mean) / spread)                   # (steps,)
-        loss = F.binary_cross_entropy_with_logits(logits, targets)
-        loss = loss + 1e-4 * prm.head.weight.square().sum()        # else there may be no minimum
-        loss.backward()
-        return loss
-
-    optimizer.step(closure)
-    loss = closure().item()
-    with torch.no_grad():                                          # fold the scaling into the head
-        prm.head.bias -= (prm.head.weight[0] * mean / spread).sum()
-        prm.head.weight /= spread                                  # it reads unscaled features
     scores = score(prm, [prompts[label.question] for label in held_out],
                    [[label.tokens] for label in held_out])
     scores = [s for (steps,) in scores for s in steps]             # all held-out steps
     good = [target > 0.5 for label in held_out for target in label.targets]
+    if all(good) or not any(good):
+        print("PRM       all step labels are alike: its scores will be of no use for ranking")
     print(f"PRM       {len(good):,} steps of held-out questions: AUC {percent(auc(good, scores))}; "
           f"training loss {loss:.3f}", flush=True)
     return prm, {"steps": len(good), "good": float(np.mean(good)), "auc": auc(good, scores),
                  "loss": loss}
 
-def score(prm, prompts, responses):
+def score(prm, prompts, responses, rows=128):
     """f(s_i), scores of every step: prompts (Q), responses [Q][L] of token lists -> [Q][L] of lists
-    of floats in (0, 1), one per step. Equal responses to a question are computed once."""
+    of floats in (0, 1), one per step. Equal responses to a question are computed once, `rows` of
+    them at a time."""
     different = {(q, tuple(tokens)) for q, group in enumerate(responses) for tokens in group}
-    different = sorted(different)
-    features = prm.features([prompts[q] for q, _ in different], [tokens for _, tokens in different])
+    different = sorted(different, key=lambda pair: (len(pair[1]), *pair))  # less padding
+    parts = [different[start:start + rows] for start in range(0, len(different), rows)]
+
+    @torch.no_grad()
+    def score_part(part):                                          # (B, T)
+        batch = collate([Example(*prompts[q], tokens) for q, tokens in part])
+        with prm.precision():
+            return prm(*(tensor.to(prm.device) for tensor in batch)).sigmoid().cpu()
+
     scores = {}
-    if features:
-        with torch.no_grad():
-            all_steps = prm(torch.cat(features)).sigmoid().cpu()   # (steps of all,)
-        for key, steps in zip(different, all_steps.split([len(steps) for steps in features])):
-            scores[key] = steps.tolist()                           # of one response
+    with ThreadPoolExecutor(WORKERS if prm.device.type == "cpu" else 1) as pool:
+        for part, probabilities in zip(parts, pool.map(score_part, parts)):
+            for (q, tokens), row in zip(part, probabilities):
+                scores[q, tokens] = row[prm.tokenizer.step_ends(tokens)].tolist()
     return [[scores[q, tuple(tokens)] for tokens in group] for q, group in enumerate(responses)]
 
 def response_rewards(prm, prompts, responses):
@@ -249,106 +243,76 @@ def weighted_vote(answers, weights):
 def audit(pi_0, prm, labels, labeled, questions, max_new_tokens, n=16):
     """Hold the PRM against the oracle, what no one can do on real data, on n responses of pi_0 per
     question at temperature 1. labels: the StepLabels it was trained on, of the questions `labeled`.
-    Returns plain numbers: labels, scores (`against_oracle`); selection, the share of unsound
-    responses among the correct and different ones, by how they are chosen: all, the Top-1, 2, 4,
-    two of each question by chance (fair beside the Top-2) or by pi_0's likelihood; verifier
-    (`verify`); length (`compare_top_2`); by_question, numbers of each question, as text, for paired
-    intervals."""
+    Returns {mean: {name: number}, by_question: {name: a number for each question, as text}}:
+        greedy, best_of_N, likeliest_of_N, weighted_vote_of_N, majority_of_N (Figure 2a): is the
+            answer correct, picked by R_p or by pi_0's likelihood, or voted, of the first N
+        unsound_W, steps_W (Figure 2b): share of unsound responses and mean number of steps, of the
+            correct and different ones: W = all of them, or the top_2 or likely_2 of each question
+        auc_reward, auc_likelihood: does R_p tell sound from unsound among those of one question
+    and auc_of_labels, auc_of_scores: do labels and scores tell the oracle's true steps."""
     prompts = make_prompts(pi_0, questions)
     how = Sampling(n, 1.0, max_new_tokens, seed=0)                 # seed 0: the same for all runs
     texts, responses = sample_texts(pi_0, prompts, how, "audit: responses")
     scores = score(prm, prompts, tokens_of(responses))
-    is_sound, reward, likelihood, verdicts = {}, {}, {}, []        # of (question index, text)
-    for i, question in enumerate(questions):
-        for text, response, steps in zip(texts[i], responses[i], scores[i]):
-            verdicts.append(oracle(question, text))                # of each line
-            is_sound[i, text], reward[i, text] = all(verdicts[-1]), reward_of(steps)
-            likelihood[i, text] = sum(response.log_probs)          # of the whole response
-    correct = sorted((i, text) for i, text in reward
-                     if grade(text, questions[i].answer) == "correct")
-    rewards, likely = [reward[key] for key in correct], [likelihood[key] for key in correct]
-    chosen = {"top_1": top_k(correct, rewards, 1), "top_2": top_k(correct, rewards, 2),
-              "top_4": top_k(correct, rewards, 4), "likely_2": top_k(correct, likely, 2),
-              "random_2": random_k(correct, 2, seed=0), "all": correct}
-    selection = {}
-    for name, keys in chosen.items():
-        unsound = sum(not is_sound[key] for key in keys) / len(keys) if keys else None
-        selection[name] = {"responses": len(keys), "unsound": unsound}
-    length, of_question = compare_top_2(correct, chosen["top_2"], is_sound, len(questions))
-    verifier, votes = verify(questions, texts, reward, likelihood, is_sound)
-    greedy = grade_greedily(pi_0, questions, max_new_tokens, "audit: greedy")  # to compare with
-    votes["greedy"] = [outcome == "correct" for outcome in greedy]
-    for way, is_correct in votes.items():
-        of_question[way] = " ".join(str(int(c)) for c in is_correct)  # "1 0 0 1 ..."
-    label_verdicts = [oracle(labeled[label.question], pi_0.tokenizer.decode(label.tokens))
-                      for label in labels]
-    return {"labels": against_oracle([x.targets for x in labels], label_verdicts,
-                                     [x.question for x in labels]),
-            "scores": against_oracle([steps for group in scores for steps in group], verdicts,
-                                     [i for i, group in enumerate(scores) for _ in group]),
-            "verifier": {"greedy": float(np.mean(votes["greedy"])), **verifier}, "length": length,
-            "responses": n * len(questions), "selection": selection, "by_question": of_question}
+    numbers, true_steps, step_scores = defaultdict(list), [], []
+    for question, group, sampled, steps in zip(questions, texts, responses, scores):
+        rewards = list(map(reward_of, steps))
+        likely = [sum(response.log_probs) for response in sampled]  # of whole responses
+        for name, is_correct in verify(question, group, rewards, likely).items():
+            numbers[name].append(is_correct)
+        for name, number in compare_top_2(question, group, rewards, likely).items():
+            numbers[name].append(number)
+        for text, of_steps in zip(group, steps):
+            step_scores += of_steps                                # a cut text may end in a break
+            true_steps += oracle(question, text)[:len(of_steps)]
+    _, greedy = answer_greedily(pi_0, questions, max_new_tokens, "audit: greedy")
+    numbers["greedy"] = [outcome == "correct" for outcome in greedy]
+    mean = {}
+    for name, values in numbers.items():                           # None: nothing to take it of
+        known = [value for value in values if value is not None]
+        mean[name] = float(np.mean(known)) if known else None
+    true_labeled, targets = [], []
+    for label in labels:
+        text = pi_0.tokenizer.decode(label.tokens)
+        targets += label.targets
+        true_labeled += oracle(labeled[label.question], text)[:len(label.targets)]
+    return {"mean": mean, "by_question": {name: as_text(v) for name, v in numbers.items()},
+            "auc_of_labels": auc(true_labeled, targets),
+            "auc_of_scores": auc(true_steps, step_scores)}
 
-def against_oracle(values, verdicts, asked):
-    """How well numbers of steps (a list per response) tell true steps from false ones: AUC against
-    the oracle's verdict on the step ("step"), and on the response up to it ("so_far"). asked: the
-    question of each response. "same_question": among steps at the same position of responses to the
-    same question, where knowing which questions are hard does not help."""
-    value, step, so_far, place = [], [], [], []
-    for steps, verdict, question in zip(values, verdicts, asked):
-        value += steps                                             # one number per step
-        step += verdict[:len(steps)]                               # a cut text may end in a break
-        so_far += [all(verdict[:position + 1]) for position in range(len(steps))]  # and all before
-        place += [(question, position) for position in range(len(steps))]
-    result = {"steps": len(value)}
-    for name, good in (("step", step), ("so_far", so_far)):
-        result[name] = {"auc": auc(good, value), "same_question": auc(good, value, place),
-                        "true": float(np.mean(good)) if good else None}
-    return result
-
-def compare_top_2(correct, top_2, is_sound, num_questions):
-    """Figure 2b: the Top-2 beside the other correct responses, of questions with more than two:
-    (mean numbers of steps of both, {name: a number for each question, as text; "-" for none}):
-    share of unsound responses and mean number of steps, of the Top-2 and of all."""
-    steps, top_2, of_question = {"top_2": [], "others": []}, set(top_2), {}
-    for name in ("unsound_top_2", "unsound_all", "steps_top_2", "steps_all"):
-        of_question[name] = ["-"] * num_questions
-    for question, texts in by_question(correct).items():
-        if len(texts) > 2:                                         # else the Top-2 are all
-            best = [text for text in texts if (question, text) in top_2]  # two of them
-            for which, group in (("top_2", best), ("all", texts)):
-                unsound = np.mean([not is_sound[question, text] for text in group])
-                length = np.mean([text.count("\n") + 1 for text in group])
-                of_question[f"unsound_{which}"][question] = f"{unsound:.4g}"
-                of_question[f"steps_{which}"][question] = f"{length:.4g}"
-            for text in texts:
-                steps["top_2" if text in best else "others"].append(text.count("\n") + 1)
-    length = {name: float(np.mean(group)) if group else None for name, group in steps.items()}
-    return length, {name: " ".join(numbers) for name, numbers in of_question.items()}
-
-def verify(questions, texts, reward, likelihood, is_sound):
-    """Figure 2a: {N: {way: accuracy}} of picking or voting among the first N responses: best-of-N
-    by R_p or by likelihood, voting weighted by R_p, majority voting, and a vote of the sound ones
-    (the oracle). For the largest N also {way: is the answer correct, of each question}."""
-    accuracy = {}
+def verify(question, texts, rewards, likely):
+    """Figure 2a for one question: {name: is the answer correct}, see `audit`."""
+    answers, is_correct = list(map(find_answer, texts)), {}        # None where there is none
     for N in (1, 2, 4, 8, 16):
-        if N > len(texts[0]):                                      # not so many were sampled
+        if N > len(texts):                                         # not so many were sampled
             break
-        is_correct = defaultdict(list)
-        for i, question in enumerate(questions):
-            answers = [find_answer(text) for text in texts[i][:N]]  # None where there is none
-            rewards = [reward[i, text] for text in texts[i][:N]]
-            likely = [likelihood[i, text] for text in texts[i][:N]]
-            # where nothing is sound, a plain vote
-            soundness = [is_sound[i, text] + 1e-6 for text in texts[i][:N]]
-            for way, answer in (("best_of_n", answers[int(np.argmax(rewards))]),
-                                ("likeliest", answers[int(np.argmax(likely))]),
-                                ("weighted_voting", weighted_vote(answers, rewards)),
-                                ("majority_voting", weighted_vote(answers, [1] * N)),
-                                ("oracle", weighted_vote(answers, soundness))):
-                is_correct[way].append(answer == question.answer)  # None never is
-        accuracy[str(N)] = {way: float(np.mean(values)) for way, values in is_correct.items()}
-    return accuracy, is_correct
+        for way, answer in (("best", answers[int(np.argmax(rewards[:N]))]),
+                            ("likeliest", answers[int(np.argmax(likely[:N]))]),
+                            ("weighted_vote", weighted_vote(answers[:N], rewards[:N])),
+                            ("majority", weighted_vote(answers[:N], [1] * N))):
+            is_correct[f"{way}_of_{N}"] = answer == question.answer  # None never is
+    return is_correct
+
+def compare_top_2(question, texts, rewards, likely):
+    """Figure 2b for one question: {name: number, or None}, see `audit`."""
+    place = {}                                                     # text -> its first place
+    for i, text in enumerate(texts):
+        if grade(text, question.answer) == "correct":
+            place.setdefault(text, i)
+    is_sound = {text: sound(question, text) for text in place}
+    numbers = {}
+    for name, values in (("reward", rewards), ("likelihood", likely)):
+        numbers[f"auc_{name}"] = auc(list(is_sound.values()), [values[i] for i in place.values()])
+    for way, values in (("all", None), ("top_2", rewards), ("likely_2", likely)):
+        keys = [(0, text) for text in place]
+        if values:
+            keys = top_k(keys, [values[i] for i in place.values()], 2)
+        unsound, steps = None, None
+        if keys:
+            unsound = float(np.mean([not is_sound[text] for _, text in keys]))
+            steps = float(np.mean([text.count("\n") + 1 for _, text in keys]))
+        numbers |= {f"unsound_{way}": unsound, f"steps_{way}": steps}
+    return numbers
 
 def main(argv=None):
     """Command line of this file: audit the PRM of a run; writes audit.json into its folder."""
@@ -363,17 +327,14 @@ def main(argv=None):
         prm = load_network(folder / "prm.safetensors", tokenizer, kind=RewardModel)
         labels = [StepLabels(**label) for label in read_json(folder / "labels.json")["labels"]]
         world = build_world(config["splits"], config["world_seed"])
+        labeled = world["labeled"][config["warmup_questions"]:]      # those behind the warm-up's
     with one_line_errors("prm.py", f"{folder}/audit.json is as it was"):
-        result = audit(pi_0, prm, labels, world["labeled"], world["test"], config["max_new_tokens"])
+        result = audit(pi_0, prm, labels, labeled, world["test"], config["max_new_tokens"])
         write_json(folder / "audit.json", {**result, "seconds": time.time() - began})
-    for name, row in result["selection"].items():
-        print(f"{name:<10} {row['responses']:>6,} correct, {percent(row['unsound'])} unsound")
-    for N, row in result["verifier"].items():
-        if N != "greedy":
-            print(f"N = {N:<6}", ", ".join(f"{way} {percent(row[way])}" for way in row))
-    print("greedy    ", percent(result["verifier"]["greedy"]))
-    for key, truths in (("labels", "step"), ("scores", "step"), ("scores", "so_far")):
-        print(f"{key:<10} AUC {percent(result[key][truths]['auc'])} against the oracle's {truths}")
+    for name, number in result["mean"].items():
+        print(f"{name:<20} {number if number is None else round(number, 4)}")
+    print(f"AUC against the oracle's true steps: labels {percent(result['auc_of_labels'])}, scores "
+          f"{percent(result['auc_of_scores'])}")
 
 if __name__ == "__main__":
     main(sys.argv[1:])

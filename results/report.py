@@ -28,61 +28,16 @@ from evaluate import (COLUMNS, columns_of, format_table, grade, make_prompts, on
 from model import (WORKERS, Example, Optimizer, Sampling, adamw, batches, fit, read_json, sample,
                    seed_for, write_json, write_whole)
 from prm import label_responses, score
-from weights.base import DIETS
 
 FOLDER = Path(__file__).parent
 SHOWN = 2                                      # questions of each task type and testbed on the page
 
 # ---------------------------------------------------------------- before, during and after a run
 
-def work_of(cfg, arms, grid):
-    """(responses, updates) of a whole run. Rollouts from steps count as responses; a response has
-    about five steps before its answer."""
-    diet = DIETS[cfg.preset]
-    responses = cfg.warmup_questions * cfg.warmup_rollouts
-    responses += (2 + len(arms)) * (2 * cfg.test + len(TESTBEDS) * cfg.testbed)        # tests
-    updates = diet.caption_updates + diet.updates + cfg.warmup_updates
-    if any(arm.needs_prm for arm in arms):                         # labels, then the audit
-        responses += cfg.prm_questions * cfg.prm_responses * (1 + 5 * cfg.prm_rollouts)
-        responses += 17 * cfg.test
-    for arm in arms:
-        updates += cfg.evolve_updates
-        if arm.method == "sft":
-            updates += cfg.warmup_updates
-            continue
-        looks = arm.iterations + 1                                 # at the validation questions
-        if arm.temperature == "adaptive":
-            looks += len(grid) * math.ceil(arm.iterations / arm.sweep_every)
-        if arm.watch_every:
-            looks += len(grid) * (1 + arm.iterations // arm.watch_every)
-        responses += looks * cfg.validation * cfg.monitor_rollouts
-        responses += arm.iterations * arm.questions_per_iteration * arm.rollouts_per_question
-    return responses, updates
-
-def announce(cfg, arms, grid, run, world, policy):
-    """Say what is about to happen, with expected minutes from a few seconds with true texts: what
-    an update of `policy` costs, and a response, when eight to a question share their beginnings."""
-    responses, updates = work_of(cfg, arms, grid)
-    print(f"run       {run.out}: {cfg.arms}, preset {cfg.preset}, seed {cfg.seed}, on {run.device} "
-          f"({WORKERS} workers)\nwork      {sum(p.numel() for p in policy.parameters()):,} "
-          f"parameters, {responses:,} responses, {updates:,} updates", flush=True)
-    rng, examples, prefixes = random.Random(0), [], []
-    length = min(32, cfg.max_new_tokens)               # the mean; the last token is written freely
-    prompts = make_prompts(policy, world["labeled"][:64])
-    for prompt, question in zip(prompts, world["labeled"]):
-        texts = [run.tokenizer.response(write_reasoning(question, rng)) for _ in range(8)]
-        examples += [Example(*prompt, text) for text in texts]
-        prefixes.append([text[:-1][:length - 1] for text in texts])
-    stream = batches(examples, cfg.batch_size, rng, together=2)
-    optimizer = Optimizer([adamw(policy, policy.parameters(), cfg.evolve_lr)], 1)
-    fit(policy, optimizer, stream, 2, cfg.micro_batch, "calibration")                  # warm caches
-    began = time.time()
-    fit(policy, optimizer, stream, 5, cfg.micro_batch, "calibration")
-    between = time.time()
-    sample(policy, prompts, Sampling(1, 1.0, length, seed=0), prefixes)
-    per_update, per_response = (between - began) / 5, (time.time() - between) / len(examples)
-    minutes = (updates * per_update + responses * per_response) / 60
-    print(f"expected  {minutes:.0f} minutes, less what is finished", flush=True)
+def announce(cfg, run):
+    """Say what is about to happen."""
+    print(f"run       {run.out}: {cfg.arms} from {cfg.policy}, preset {cfg.preset}, seed {cfg.seed}"
+          f", on {run.device} ({WORKERS} workers)", flush=True)
 
 def print_line(line):
     """The main things of one line of metrics.jsonl on screen."""
@@ -109,9 +64,11 @@ def make_report(cfg, run, command, world, rows, mine, lines):
             "versions": {"python": platform.python_version(), "torch": torch.__version__,
                          "numpy": np.__version__},
             "seconds": round(sum(seconds.values()), 1), "stages": seconds, "rows": rows,
-            "mine": mine, "iterations": lines, "warmup_updates": run.about["pi_0"]["updates"],
+            "mine": mine, "iterations": lines,
+            "updates": {name.removeprefix("arm "): about["updates"]
+                        for name, about in run.about.items() if "updates" in about},
             "prm": prm and {key: prm[key] for key in ("steps", "good", "auc")},
-            "verifier": audited and audited["by_question"],
+            "audit": audited and audited["by_question"],
             "tasks": " ".join(question.task for question in world["test"]),
             "gain_over": {row["name"]: paired_gain(my_row, row) for row in others}}
 
@@ -119,8 +76,8 @@ def print_report(report):
     """The result of a run on screen: the table, the control, last the most important number."""
     print(f"\n{format_table(report['rows'])}\n")
     for row in report["rows"]:
-        print(f"{row['name']}: unparseable {percent(row['unparseable'])}, with shuffled images "
-              f"{percent(row['shuffled_images'])}")
+        print(f"{row['name']}: {percent(row['unparseable'])} unparseable, {percent(row['unsound'])}"
+              f" of the correct ones unsound, {percent(row['readings']['test'])} of readings true")
     stages = ", ".join(f"{name} {s / 60:.1f}" for name, s in report["stages"].items())
     print(f"{report['seconds'] / 60:.1f} minutes on {report['device']}: {stages}")
     others = sorted(report["gain_over"], key=lambda name: name.startswith("pi_0"))     # pi_0 last

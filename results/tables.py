@@ -29,7 +29,10 @@ from results.report import line_chart, write_html
 # should be better, by no less than -margin; `claims_of` adds those that are not about two arms.
 PAPER = json.loads((Path(__file__).parent / "paper.json").read_text())
 TABLES, CLAIMS = PAPER["tables"], PAPER["claims"]
-SIZES = {"small": 0.5, "medium": 1.0, "large": 1.5}                # of Table 5: x the width
+SIZES = {"small": "-small", "medium": "", "large": "-large"}       # of Table 5: names of bases
+# Arms that have rounds in common: of each group only the first tells about the luck of runs
+SAME_ROUNDS = (("iterative_rft", "rest_em", "continuous_100"), ("prm_watched", "mstar_watched"),
+               ("prm", "mstar", "mstar_pass_at_k", "vote_25", "vote_50", "vote_75"))
 WATCHED = ("0.5", "1.0", "1.5")                                    # temperatures that figures show
 
 # ---------------------------------------------------------------- running a table
@@ -49,10 +52,10 @@ def main(argv=None):
     for flag in ("resume", "arms", "method", "seed", *mstar.SWITCHES):
         if any(typed.split("=")[0] == f"--{flag}" for typed in flags):
             mstar.fail(f"{name} sets --{flag} itself, leave it out")
-    arms = ",".join(arm for arm in TABLES[name] if arm in mstar.METHODS)
+    arms = ",".join(arm for arm in TABLES[name] if arm not in ("base", "pi_0"))
     cfg, _ = mstar.parse([*flags, "--arms", arms])
-    for factor in SIZES.values() if name == "table5" else ():
-        mstar.check(of_size(cfg, factor))
+    for suffix in SIZES.values() if name == "table5" else ():
+        mstar.check(of_size(cfg, suffix))
     with one_line_errors("results.tables", "what was saved is whole, the same command goes on"):
         return run_table(name, cfg, seeds, " ".join(["python -m results.tables", *argv]))
 
@@ -61,11 +64,11 @@ def run_table(name, cfg, seeds, command):
     too. Writes results/PRESET-NAME.json, or, with --out or if there is one of more seeds, into the
     folder of the runs; returns what it holds."""
     folder, reports = Path(cfg.out or f"runs/{cfg.preset}-tables"), []
-    for size, factor in SIZES.items() if name == "table5" else [("medium", 1.0)]:
+    for size, suffix in SIZES.items() if name == "table5" else [("medium", "")]:
         for seed in range(seeds):
-            out = folder / f"seed{seed}{'' if size == 'medium' else '-' + size}"
+            out = folder / f"seed{seed}{suffix}"
             out.mkdir(parents=True, exist_ok=True)
-            sized = replace(of_size(cfg, factor), seed=seed, out=str(out))
+            sized = replace(of_size(cfg, suffix), seed=seed, out=str(out))
             reports.append({**mstar.run_stages(sized, out, command, "tables"), "size": size})
     result, file = make_table(name, reports, command), Path(f"results/{cfg.preset}-{name}.json")
     if cfg.out or file.exists() and len(read_json(file)["seeds"]) > seeds:
@@ -77,30 +80,27 @@ def run_table(name, cfg, seeds, command):
     print(f"{format_table(result)}\n\nwrote {file}{' and .html' * (name == 'dynamics')}")
     return result
 
-def of_size(cfg, factor):
-    """The Config with a policy of `factor` times the width, its heads of the same size."""
-    kv_heads = round(factor * cfg.heads) if cfg.kv_heads == cfg.heads else cfg.kv_heads
-    return replace(cfg, kv_heads=kv_heads, width=round(factor * cfg.width),
-                   vision_width=round(factor * cfg.vision_width), heads=round(factor * cfg.heads))
+def of_size(cfg, suffix):
+    """The Config with a base of another size, weights/base-small.safetensors or from scratch."""
+    if cfg.policy == "scratch":
+        return replace(cfg, recipe=cfg.recipe + suffix)
+    return replace(cfg, policy=cfg.policy.removesuffix(".safetensors") + suffix + ".safetensors")
 
 def make_table(name, reports, command):
     """Everything that a table of the paper and the verdicts on its claims are made from. reports:
     mstar's, one per size and seed. Returns a dict of plain numbers and texts."""
     arms = []
     for report in reports:
-        updates = {"base": 0, "pi_0": report["warmup_updates"]}
         for arm, about in TABLES[name].items():
             paper = about["paper"][report["size"]] if name == "table5" else about["paper"]
             row_name = mstar.ROW_NAMES.get(arm, arm)
             row = next(row for row in report["rows"] if row["name"] == row_name)
             lines = [line for line in report["iterations"] if line["arm"] == arm]
-            made = updates["pi_0"] + sum(line.get("updates", 0) for line in lines)
-            if arm == "sft":
-                made = report["config"]["warmup_updates"] + report["config"]["evolve_updates"]
+            warmup = 0 if arm in ("base", "pi_0", "sft") else report["updates"]["pi_0"]
             arms.append({"arm": arm, "words": about["words"], "size": report["size"],
                          "seed": report["seed"], "row": row,
                          "paper": [paper] if name == "table5" else paper,
-                         "iterations": lines, "updates": updates.get(arm, made),
+                         "iterations": lines, "updates": warmup + report["updates"].get(arm, 0),
                          "responses": sum(line.get("num_responses", 0) for line in lines)})
     claims = []
     for number, words, effects, margin, luck in claims_of(name, arms, reports):
@@ -124,11 +124,7 @@ def claims_of(name, arms, reports):
     rows, called = defaultdict(list), {arm["arm"]: arm["words"] for arm in arms}
     for arm in arms:
         rows[arm["size"], arm["arm"]].append(arm["row"])
-    evolved = dict.fromkeys((arm["size"], arm["arm"]) for arm in arms if arm["responses"])
-    accuracies = []                                                # (arms, runs)
-    for key in evolved:
-        accuracies.append([row["id"]["all"] for row in rows[key]])
-    luck = luck_of_runs(accuracies)
+    luck = pooled_luck(rows)
 
     def gain(better, worse, split="test", size="medium"):          # (runs, questions)
         return np.array([correct_in(a["graded"][split]) - correct_in(b["graded"][split])
@@ -153,7 +149,7 @@ def claims_of(name, arms, reports):
             effects[f"gain of {size} over gain of small"] = more
         claims.append(("C10", "the smallest policy gains least out of domain", effects, 0.0, None))
     if name == "table2":                                           # and Figure 2, from the audits
-        claims += figure_2_claims([report["verifier"] for report in reports])
+        claims += figure_2_claims([report["audit"] for report in reports])
     if name == "dynamics":
         one = [arm["iterations"] for arm in arms if arm["arm"] == "prm_watched"]
         claims += dynamics_claims(one)
@@ -172,9 +168,9 @@ def figure_2_claims(audits):
     of = {}                                                        # name -> (runs, questions)
     for name in audits[0]:
         of[name] = np.array([numbers_in(audit[name]) for audit in audits])
-    majority = of["majority_voting"]
-    votes = {"majority voting over best-of-16": [majority - of["best_of_n"]],
-             "majority voting over weighted voting": [majority - of["weighted_voting"]]}
+    majority = of["majority_of_16"]
+    votes = {"majority voting over best-of-16": [majority - of["best_of_16"]],
+             "majority voting over weighted voting": [majority - of["weighted_vote_of_16"]]}
     # 0 where nothing is left out
     unsound = [np.nan_to_num(of["unsound_all"] - of["unsound_top_2"])]
     steps = [np.nan_to_num(of["steps_all"] - of["steps_top_2"])]
@@ -250,11 +246,23 @@ def residuals(table):
     """A table without what its rows and its columns have each (two-way analysis of variance)."""
     return table - table.mean(axis=1, keepdims=True) - table.mean(axis=0) + table.mean()
 
+def pooled_luck(rows):
+    """`luck_of_runs` of {(size, arm): its rows, one per run}, of arms that share no rounds."""
+    evolved = [key for key in rows if key[1] not in ("base", "pi_0", "sft")]
+    for group in SAME_ROUNDS:
+        for size in SIZES:                                         # keep the first that is there
+            there = [(size, arm) for arm in group if (size, arm) in evolved]
+            evolved = [key for key in evolved if key not in there[1:]]
+    accuracies = []                                                # (arms, runs)
+    for key in evolved:
+        accuracies.append([row["id"]["all"] for row in rows[key]])
+    return luck_of_runs(accuracies) if len(evolved) > 1 else None
+
 def luck_of_runs(accuracies):
     """(standard error, degrees of freedom) that a difference of two arms has because every run is
     one of many possible, from accuracies (arms, runs): what is left when arm and seed are taken
-    out, pooled over all arms, since one pair of arms says little about it. None for a single
-    run."""
+    out, pooled over arms that share no rounds, since one pair of arms says little about it. None
+    for a single run, or a single arm."""
     arms, runs = np.shape(accuracies)
     if runs < 2 or arms < 2:
         return None

@@ -33,9 +33,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from data import Tokenizer, build_world, write_reasoning                   # noqa: E402
 from evaluate import make_prompts, tokens_of                               # noqa: E402
-from model import (WORKERS, Example, Policy, Prompt, Sampling, _decode,    # noqa: E402
-                   _prefill, _sample_batch, batches, collate, draw, load_network, sample)
-from mstar import GRID, model_config, parse                                # noqa: E402
+from model import (WORKERS, Example, ModelConfig, Policy, Prompt, Sampling, # noqa: E402
+                   _decode, _prefill, _sample_batch, batches, collate, draw, load_network, sample)
+from mstar import GRID                                                     # noqa: E402
 
 LONGEST = 72                                                       # most tokens of a response
 ROWS = 256                                                         # responses per plain call
@@ -326,8 +326,8 @@ def policy_of(run, device="cpu"):
 def random_policy(device):
     """Random weights of the cpu preset."""
     torch.manual_seed(0)
-    tokenizer, cfg = Tokenizer(), parse(["--preset", "cpu"])[0]
-    return Policy(model_config(cfg, tokenizer), tokenizer).to(device)
+    tokenizer = Tokenizer()
+    return Policy(ModelConfig(len(tokenizer)), tokenizer).to(device)
 
 def two_texts_each(policy, questions, prompts, rng):
     """Training examples, two worked texts to each question: side by side, as a run trains on its

@@ -11,7 +11,9 @@ from PIL import Image
 
 import data
 from data import (COMPOSE, IN_DOMAIN, SIZE, TASKS, TESTBEDS, build_world, oracle, render, sound,
-                  write_caption, write_reasoning)
+                  write_reasoning)
+from evaluate import grade
+from weights.base import write_caption
 
 def all_questions(world):
     return [question for questions in world.values() for question in questions]
@@ -55,7 +57,59 @@ def test_sound_is_every_line_true(world):
             verdicts = oracle(question, noisy)
             assert verdicts.pop(i) is False and all(verdicts)      # one false line among true ones
             assert not sound(question, noisy)
-        assert not sound(question, text + "\n") and not sound(question, "")
+        assert not sound(question, "")
+        for ending in (".", "\n", ".\n"):                          # as `grade` takes it
+            assert grade(text + ending, question.answer) == "correct"
+            assert sound(question, text + ending)
+
+BOTH_COST_7 = {"text": "what do 5 of each square and cross cost?", "answer": 70,
+               "routes": ("(a + b) * n",), "facts": {"square": 7, "cross": 7, "star": 7},
+               "slots": {"a": "square", "b": "cross", "n": 5}}
+
+@pytest.mark.parametrize("text, is_sound", [
+    ("square is 7\ncross is 7\n7 + 7 = 14\n14 * 5 = 70\nanswer: 70", True),
+    ("square is 7\n7 * 5 = 35\ncross is 7\n7 * 5 = 35\n35 + 35 = 70\nanswer: 70", True),
+    ("cross is 7\nstar is 7\nsquare is 7\n7 - 7 = 0\n7 + 7 = 14\n5 * 14 = 70\nanswer: 70", True),
+    ("square is 7\nsquare is 7\n7 + 7 = 14\n14 * 5 = 70\nanswer: 70", False),
+    ("square is 7\nstar is 7\n7 + 7 = 14\n14 * 5 = 70\nanswer: 70", False),
+    ("square is 7\ncross is 7\n7 * 5 = 35\n35 + 35 = 70\nanswer: 70", True)])
+def test_true_lines_that_compute_something_else_are_not_sound(world, text, is_sound):
+    question = replace(world["test"][0], **BOTH_COST_7)
+    assert all(oracle(question, text)) and sound(question, text) == is_sound
+
+def test_an_answer_that_no_route_gives_is_not_sound(world):
+    """Every question with a fact or a product of facts that equals the answer by chance."""
+    number = 0
+    for question in world["test"] + world["validation"]:
+        for fact, value in question.facts.items():
+            if value == question.answer:
+                text = f"{fact} is {value}\nanswer: {value}"
+                assert all(oracle(question, text)) and not sound(question, text)
+                number += 1
+    assert number > 3
+
+def test_polynomials_are_those_of_numbers():
+    """Evaluated at random facts: the same as working with the numbers."""
+    rng = random.Random(0)
+    facts = {name: rng.randint(2, 50) for name in "xyz"}
+    pool = [(frozenset([((name,), 1)]), value) for name, value in facts.items()]
+    pool.append((frozenset([((), 3)]), 3))
+    for _ in range(40):
+        (a, left), (b, right), sign = rng.choice(pool), rng.choice(pool), rng.choice("+-*")
+        found, value = data.polynomial(a, sign, b), data.OPERATIONS[sign](left, right)
+        terms = [factor * np.prod([facts[name] for name in names], dtype=object)
+                 for names, factor in found]
+        assert sum(terms) == value and all(factor for _, factor in found)
+        pool.append((found, value))
+    x, y = pool[0][0], pool[1][0]
+    assert data.polynomial(x, "*", y) == data.polynomial(y, "*", x)
+    assert data.polynomial(x, "-", x) == frozenset()
+
+def test_a_text_that_repeats_itself_takes_no_long_time(world):
+    question = replace(world["test"][0], answer=4, facts={"square": 2, "cross": 2},
+                       slots={"a": "square", "b": "cross"}, routes=("a + b",))
+    text = "square is 2\ncross is 2\n" + "2 * 2 = 4\n4 - 2 = 2\n" * 6 + "2 + 2 = 4\nanswer: 4"
+    assert all(oracle(question, text[:22])) and sound(question, text) in (True, False)
 
 def test_questions_have_several_routes(world):
     for question in all_questions(world):
@@ -66,7 +120,7 @@ def test_captions_are_true(world):
     for question in all_questions(world):
         for asked in (False, True):
             prompt, text = write_caption(question, random.Random(0), asked)
-            assert sound(question, text)
+            assert all(oracle(question, text))
             subjects = [line.rsplit(" is ", 1)[0] for line in text.split("\n")]
             if asked:
                 named = prompt.removeprefix("describe ").split(" and ")
@@ -160,13 +214,28 @@ def test_picture_shows_every_fact(world):
             without = replace(question, drawing=drawing[:i] + drawing[i + 1:])
             assert (render(without, 64) != whole).any()
 
-def test_shapes_and_digits_look_different():
-    for names, least in ((data.SHAPES, 0.1), ("0123456789", 0.01)):
-        masks = [data._stamp(name, 16)[0] for name in names]
-        for a, b in combinations(masks, 2):
-            assert (a != b).mean() > least
-    mask, outline = data._stamp("heart", 16, 1)
-    assert 0 < outline.sum() < mask.sum() and not (outline & ~mask).any()
+def test_shapes_and_digits_look_different(world):
+    def picture(name, digit):
+        drawing = (("item", 1, 1, name, "red", digit),)
+        return render(replace(world["test"][0], drawing=drawing)).astype(int)
+
+    for pictures, least in (([picture(name, 3) for name in data.SHAPES], 20),
+                            ([picture("star", digit) for digit in range(1, 10)], 8)):
+        for a, b in combinations(pictures, 2):
+            assert (abs(a - b).max(axis=2) > 100).sum() > least    # pixels of the 256 of a square
+
+def test_each_drawing_has_a_look_of_its_own(world, monkeypatch):
+    """It was once drawn by the last four letters of the drawing: 13 looks in all."""
+    real, seeds = np.random.default_rng, []
+
+    def watch(seed):
+        seeds.append(seed)
+        return real(seed)
+
+    monkeypatch.setattr(data.np.random, "default_rng", watch)
+    for question in world["style"]:
+        assert (render(question) == render(replace(question, text="other words"))).all()
+    assert len(set(seeds)) == len(world["style"]) == len(seeds) / 2
 
 def test_render_sizes(world):
     question = world["style"][0]

@@ -1,5 +1,7 @@
 """Grades and statistics, against counting by hand."""
 import random
+import re
+import time
 from fractions import Fraction
 from itertools import combinations, permutations
 from math import isclose
@@ -10,9 +12,10 @@ import torch
 
 import evaluate
 from data import TASKS, TESTBEDS, write_reasoning
-from evaluate import (COLUMNS, auc, compare, evaluate_policy, find_answer, format_table, grade,
-                      grade_greedily, interval, make_prompts, one_line_errors, paired_gain,
-                      pass_at_k, percent, points, reward_pass_at_k, sample_texts)
+from evaluate import (COLUMNS, Look, answer_greedily, auc, best_temperature, compare,
+                      evaluate_policy, find_answer, format_table, grade, interval, make_prompts,
+                      one_line_errors, paired_gain, pass_at_k, pass_metrics, percent, points,
+                      reward_pass_at_k, sample_texts)
 from model import Response, Sampling, read_json, sample, save, write_json
 
 # ---------------------------------------------------------------- grades
@@ -33,13 +36,20 @@ def test_grader_takes_every_true_answer_and_no_other(world):
     ("", "unparseable"), ("7", "unparseable"), ("answer:", "unparseable"),
     ("answer: seven", "unparseable"), ("answer: 7 8", "unparseable"),
     ("answer: 7\n7 + 1 = 8", "unparseable"), ("answer: 7 + 0", "unparseable"),
-    ("answer: ٧", "unparseable")])
+    ("answer: ٧", "unparseable"), ("answer: " + "7" * 5000, "unparseable")])
 def test_grade_by_value(text, outcome):
     assert grade(text, 7) == outcome
 
 def test_an_answer_is_a_number_or_none():
     assert find_answer("answer: 7.5") == Fraction(15, 2) and find_answer("answer: .5.") == 0.5
     assert find_answer("no answer") is None
+
+def test_long_texts_take_no_long_time():
+    began = time.time()
+    for text in ("answer: " + "9" * 200_000 + "x", "answer: 7" + " " * 200_000 + "x",
+                 "answer: " * 50_000, "answer: 7" + "." * 200_000):
+        assert find_answer(text) is None
+    assert time.time() - began < 5                                 # it was 9 seconds for 20,000
 
 # ---------------------------------------------------------------- statistics
 
@@ -137,23 +147,21 @@ def test_a_gain_out_of_domain_is_the_mean_over_testbeds():
 def test_a_row_holds_what_it_says(policy, world, monkeypatch):
     """evaluate_policy with known grades: correct on FQA of the test and of `style`, unparseable on
     `size`, wrong elsewhere."""
-    def known(policy, questions, max_new_tokens, title, pictured=None):
+    def known(policy, questions, max_new_tokens, title):
         assert max_new_tokens == 5
-        if pictured:
-            return ["correct"] * 15 + ["wrong"] * 45
         split = questions[0].id.split("/")[0]
         grades = []
         for question in questions:
             is_correct = question.task == "FQA" and split in ("test", "style")
             grades.append("correct" if is_correct else "wrong")
-        return ["unparseable"] * 60 if split == "size" else grades
+        return ["hm"] * 60, ["unparseable"] * 60 if split == "size" else grades
 
-    monkeypatch.setattr(evaluate, "grade_greedily", known)
+    monkeypatch.setattr(evaluate, "answer_greedily", known)
     row = evaluate_policy("known", policy, world, 5)
     assert row["id"] == {"all": 0.2, "FQA": 1.0, "GPS": 0.0, "MWP": 0.0, "TQA": 0.0, "VQA": 0.0}
     assert row["ood"]["style"] == 0.2 and row["ood"]["size"] == 0
     assert isclose(row["ood"]["all"], 0.04)
-    assert row["unparseable"] == 0 and row["shuffled_images"] == 0.25
+    assert row["unparseable"] == 0 and row["unsound"] == 1 and row["readings"]["test"] is None
     assert set(row["graded"]) == {"test", *TESTBEDS}
     assert row["graded"]["size"] == "u" * 60 and row["graded"]["test"].count("c") == 12
     assert row["graded"]["wording"] == "w" * 60
@@ -166,7 +174,7 @@ def test_a_row_holds_what_it_says(policy, world, monkeypatch):
 
 def test_unparseable_is_counted_apart_from_wrong(policy, world, monkeypatch):
     grades = ["unparseable"] * 6 + ["wrong"] * 54
-    monkeypatch.setattr(evaluate, "grade_greedily", lambda *rest, **more: grades)
+    monkeypatch.setattr(evaluate, "answer_greedily", lambda *rest: (["hm"] * 60, grades))
     row = evaluate_policy("poor", policy, world, 5)
     assert row["unparseable"] == 0.1 and row["graded"]["test"] == "u" * 6 + "w" * 54
 
@@ -180,39 +188,38 @@ def test_greedy_grades_are_those_of_the_responses(policy, world, monkeypatch):
         return [[f"answer: {questions[0].answer}"], ["answer: 0"], ["hm"]], None
 
     monkeypatch.setattr(evaluate, "sample_texts", texts)
-    grades = grade_greedily(policy, questions, 5, "title")
-    assert grades == ["correct", "wrong", "unparseable"]
+    texts, grades = answer_greedily(policy, questions, 5, "title")
+    assert grades == ["correct", "wrong", "unparseable"] and texts[1] == "answer: 0"
 
-def test_shuffled_images_come_from_other_questions(policy, world, monkeypatch):
-    seen = []
+def test_a_row_says_what_is_unsound_and_what_is_seen(policy, world, monkeypatch):
+    """Of the test, a third each: sound; correct with a false reading; wrong with a true one."""
+    def texts(policy, prompts, how, title):
+        written = []
+        for i in range(len(prompts)):
+            question = world["test"][i]
+            sound_text = write_reasoning(question, random.Random(0))
+            fact, number = next(iter(question.facts.items()))
+            written.append([(sound_text, f"{fact} is 77\nanswer: {question.answer}",
+                             f"{fact} is {number}\nanswer: 0")[i % 3]])
+        return written, None
 
-    def look(question, size):
-        seen.append(question.id)
-        return np.zeros((size, size, 3), np.uint8)
-
-    def texts(policy, prompts, *rest):
-        return [["answer: 1"]] * len(prompts), None
-
-    monkeypatch.setattr(evaluate, "render", look)
     monkeypatch.setattr(evaluate, "sample_texts", texts)
-    evaluate_policy("any", policy, world, 5)
-    shuffled, own = seen[-60:], [question.id for question in world["test"]]
-    assert sorted(shuffled) == sorted(own)
-    assert all(theirs != mine for theirs, mine in zip(shuffled, own))
+    row = evaluate_policy("any", policy, world, 5)
+    assert row["unsound"] == 0.5 and row["id"]["all"] == pytest.approx(2 / 3)
+    true = sum(len(re.findall(" is ", write_reasoning(question, random.Random(0))))
+               for question in world["test"][::3])
+    assert row["readings"]["test"] == (true + 20) / (true + 40)
 
 def test_prompts_hold_picture_and_question_and_only_if_wanted_the_answer(policy, world):
-    questions, others = world["test"][:4], world["test"][4:8]
+    questions = world["test"][:4]
     plain = make_prompts(policy, questions)
     told = make_prompts(policy, questions, with_answer=True)
-    swapped = make_prompts(policy, questions, pictured=others)
     for i, question in enumerate(questions):
         picture = evaluate.render(question, policy.config.image_size)
         assert (plain[i].image.numpy() == picture).all()
         assert torch.equal(told[i].image, plain[i].image)
-        assert plain[i].ids == swapped[i].ids == policy.tokenizer.prompt(question.text)
+        assert plain[i].ids == policy.tokenizer.prompt(question.text)
         assert told[i].ids == policy.tokenizer.prompt(question.text, question.answer)
-        other = evaluate.render(others[i], policy.config.image_size)
-        assert (swapped[i].image.numpy() == other).all() and (picture != other).any()
 
 def test_texts_are_those_of_the_sampled_tokens(policy, prompts):
     how, prefix = Sampling(3, 1.0, 6, seed=0), policy.tokenizer.encode("red is 3\n")
@@ -230,6 +237,40 @@ def test_shares_and_gains_as_text():
     assert percent(0.1234) == "12.3 %" and percent(1, 8) == "12.5 %"
     assert percent(None) == "-" and percent(0, 0) == "-" and percent(0, 5) == "0.0 %"
     assert points([0.012, -0.003, 0.021]) == "+1.2 points [-0.3, +2.1]"
+
+# ---------------------------------------------------------------- exploration
+
+def test_the_best_temperature_wins_and_a_tie_keeps_the_current_one():
+    lists = {0.3: [1, 0, 0], 0.7: [1, 1, 0], 1.0: [0, 1, 1], 1.3: [0, 0, 0]}
+    values = {t: np.tile(np.array(v, float), 20) for t, v in lists.items()}
+    assert best_temperature(values, 1.0) == (1.0, 1.0)
+    assert best_temperature(values, 0.7) == (0.7, 0.7)
+    assert best_temperature(values, 0.3) == (0.7, 0.7)
+    assert best_temperature(values, 1.3) == (1.0, 1.0)
+    values[1.3] = np.ones(60)
+    assert best_temperature(values, 1.0) == (1.3, 1.3)
+    # won - lost questions against their standard error, sqrt(won + lost)
+    for won, lost, is_tie in ((2, 1, True), (8, 5, True), (9, 4, False), (3, 0, False),
+                              (5, 5, True)):
+        current = np.array([0.0] * won + [1.0] * lost + [1.0] * 50)
+        other = np.array([1.0] * won + [0.0] * lost + [1.0] * 50)
+        best, chosen = best_temperature({1.0: current, 1.2: other}, 1.0)
+        assert best == (1.2 if won > lost else 1.0) and chosen == (1.0 if is_tie else 1.2)
+
+def test_reward_pass_is_over_as_many_responses_as_a_training_question_gets():
+    """n = 4 watched, L = 2 in training: the mean over the two pairs, counted by hand."""
+    rng = random.Random(2)
+    correct = np.array([[rng.random() < 0.4 for _ in range(4)] for _ in range(5)])
+    rewards = np.array([[rng.random() for _ in range(4)] for _ in range(5)])
+    metrics = pass_metrics(Look(None, None, correct, rewards), 2, (1, 2, 4))
+    for q in range(5):
+        best = [max(pair, key=lambda j: rewards[q, j]) for pair in ((0, 1), (2, 3))]
+        assert metrics["reward_pass_at_1"][q] == np.mean([correct[q, j] for j in best])
+        pairs = [correct[q, a] or correct[q, a + 1] for a in (0, 2)]
+        assert metrics["reward_pass_at_2"][q] == np.mean(pairs)
+        assert metrics["pass_at_k"][q] == any(correct[q]) and "reward_pass_at_4" not in metrics
+    assert "reward_pass_at_1" not in pass_metrics(
+        Look(None, None, correct, None), 2, (1, 2, 4))
 
 # ---------------------------------------------------------------- commands
 

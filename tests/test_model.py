@@ -62,7 +62,7 @@ def test_loss_of_shared_beginnings_equals_the_loss_of_whole_rows(policy, prompts
     assert len(batch[0]) == 4                                      # different (image, prompt) pairs
     assert all(torch.equal(batch[0][n], e.image) for n, e in zip(batch[3], examples))
     total = 0.0
-    for image, prompt, response in examples:
+    for image, prompt, response, _ in examples:
         logits = policy(image[None], torch.tensor([prompt + response]))[0]
         before = logits[len(prompt) - 1:-1]                        # of what precedes each token
         total = total + F.cross_entropy(before, torch.tensor(response), reduction="sum")

@@ -9,21 +9,27 @@ import numpy as np
 import pytest
 import torch
 
+import evaluate
 import mstar
 from data import Tokenizer
-from evaluate import grade
-from model import Example, Optimizer, Policy, adamw, collate
-from mstar import METHODS, PRESETS, Config, Run, parse, unique_correct
+from evaluate import grade, unique_correct
+from model import Example, ModelConfig, Optimizer, Policy, adamw, collate
+from mstar import METHODS, PRESETS, Config, Run, parse
 from prm import RewardModel
-from weights.base import arithmetic
+from weights.base import RECIPES, arithmetic
 
 TINY = ["--preset", "test", "--epochs", "0.5"]
+EIGHT = ["--labeled", "8", "--warmup_questions", "2", "--prm_questions", "2"]
 METRICS = {"greedy_accuracy": 0, "pass_at_1": 0, "pass_at_k": 0, "k": 4, "unsound": 0,
            "entropy": 0, "unparseable": 0, "truncated": 0}
 
 
 def config(*flags):
     return parse([*TINY, *flags])[0]
+
+
+def sizes(tokenizer):
+    return ModelConfig(len(tokenizer), **RECIPES["test"].sizes)
 
 
 @pytest.fixture
@@ -145,10 +151,10 @@ def test_pseudo_answers_are_votes_weighted_by_the_lowest_step(world, tokenizer, 
 
 def evolve(world, tokenizer, run, monkeypatch, *flags):
     """self_evolve on the test preset with known correct responses: (pi_0, what each SFT saw)."""
-    cfg = config("--validation", "2", "--labeled", "8", "--epochs", "1", "--method", "continuous",
+    cfg = config(*EIGHT, "--validation", "2", "--epochs", "1", "--method", "continuous",
                  "--interval", "0.25", *flags)
     torch.manual_seed(0)
-    pi_0, calls, real = Policy(mstar.model_config(cfg, tokenizer), tokenizer), [], mstar.sft
+    pi_0, calls, real = Policy(sizes(tokenizer), tokenizer), [], mstar.sft
     small = {"labeled": world["labeled"][:8], "validation": world["validation"][:2]}
     correct = {question.text: f"answer: {question.answer}" for question in small["labeled"]}
 
@@ -208,7 +214,7 @@ def test_methods_are_equal_when_there_is_one_iteration(world, tokenizer, tmp_pat
 def test_an_iteration_without_correct_responses_goes_on(world, tokenizer, run, capsys):
     cfg = config("--method", "mstar")
     torch.manual_seed(0)
-    policy = Policy(mstar.model_config(cfg, tokenizer), tokenizer)
+    policy = Policy(sizes(tokenizer), tokenizer)
     prm = RewardModel(policy.config, tokenizer)
     small = {"labeled": world["labeled"][:48], "validation": world["validation"][:5]}
     mstar.self_evolve(cfg, policy, prm, small, run)
@@ -222,7 +228,7 @@ def test_an_iteration_without_correct_responses_goes_on(world, tokenizer, run, c
 def test_selection_trains_on_the_highest_rewards_only(world, tokenizer, run, monkeypatch):
     """Five of eight responses are correct, with a known reward: top-2 trains on the two best, and
     asks the PRM about no wrong one."""
-    cfg = config("--method", "prm", "--labeled", "8", "--interval", "0.5", "--keep_top", "2")
+    cfg = config("--method", "prm", *EIGHT, "--interval", "0.5", "--keep_top", "2")
     questions, seen, asked = world["labeled"][:8], [], []
     answer = {question.text: question.answer for question in questions}
 
@@ -247,7 +253,7 @@ def test_selection_trains_on_the_highest_rewards_only(world, tokenizer, run, mon
     for name, fake in (("sample_texts", respond), ("response_rewards", rewards), ("sft", spy),
                        ("write_samples", lambda *a: None), ("validate", lambda *a: METRICS)):
         monkeypatch.setattr(mstar, name, fake)
-    policy = Policy(mstar.model_config(cfg, tokenizer), tokenizer)
+    policy = Policy(sizes(tokenizer), tokenizer)
     prm = SimpleNamespace(tokenizer=tokenizer)
     mstar.self_evolve(cfg, policy, prm, {"labeled": questions, "validation": []}, run)
     (kept,) = seen
@@ -269,7 +275,7 @@ def test_every_way_to_select(how, kept, tokenizer, monkeypatch):
 
 
 def test_the_swept_temperature_is_the_next_one_sampled_at(world, tokenizer, run, monkeypatch):
-    cfg = config("--method", "mstar", "--labeled", "8", "--epochs", "2", "--interval", "0.5")
+    cfg = config("--method", "mstar", *EIGHT, "--epochs", "2", "--interval", "0.5")
     used, chosen, swept = [], iter((0.4, 1.3)), []
 
     def respond(policy, prompts, how, title):
@@ -284,7 +290,7 @@ def test_the_swept_temperature_is_the_next_one_sampled_at(world, tokenizer, run,
                        ("write_samples", lambda *a: None), ("validate", lambda *a: METRICS),
                        ("select", lambda *a: [])):
         monkeypatch.setattr(mstar, name, fake)
-    policy = Policy(mstar.model_config(cfg, tokenizer), tokenizer)
+    policy = Policy(sizes(tokenizer), tokenizer)
     small = {"labeled": world["labeled"][:8], "validation": []}
     mstar.self_evolve(cfg, policy, None, small, run)
     assert used == [0.4, 0.4, 1.3, 1.3] and swept == [1.0, 0.4]
@@ -298,7 +304,7 @@ def test_a_sweep_equals_a_look_at_each_temperature(policy, world, monkeypatch):
     def by_length(text, gold):                                     # a random policy is never right
         return "correct" if len(text) % 3 == 0 else "wrong"
 
-    monkeypatch.setattr(mstar, "grade", by_length)
+    monkeypatch.setattr(evaluate, "grade", by_length)
     cfg = config("--monitor_rollouts", "3", "--max_new_tokens", "12", "--watch_every", "1")
     torch.manual_seed(3)
     prm = RewardModel(policy.config, policy.tokenizer)
@@ -312,39 +318,6 @@ def test_a_sweep_equals_a_look_at_each_temperature(policy, world, monkeypatch):
     for t in (0.3, 0.7, 1.6):
         alone = mstar.validate(replace(cfg, watch_every=0), policy, prm, small, t, 0)
         assert watched[str(t)] == {name: alone[name] for name in watched[str(t)]}
-
-
-def test_the_best_temperature_wins_and_a_tie_keeps_the_current_one():
-    lists = {0.3: [1, 0, 0], 0.7: [1, 1, 0], 1.0: [0, 1, 1], 1.3: [0, 0, 0]}
-    values = {t: np.tile(np.array(v, float), 20) for t, v in lists.items()}
-    assert mstar.best_temperature(values, 1.0) == (1.0, 1.0)
-    assert mstar.best_temperature(values, 0.7) == (0.7, 0.7)
-    assert mstar.best_temperature(values, 0.3) == (0.7, 0.7)
-    assert mstar.best_temperature(values, 1.3) == (1.0, 1.0)
-    values[1.3] = np.ones(60)
-    assert mstar.best_temperature(values, 1.0) == (1.3, 1.3)
-    # won - lost questions against their standard error, sqrt(won + lost)
-    for won, lost, is_tie in ((2, 1, True), (8, 5, True), (9, 4, False), (3, 0, False),
-                              (5, 5, True)):
-        current = np.array([0.0] * won + [1.0] * lost + [1.0] * 50)
-        other = np.array([1.0] * won + [0.0] * lost + [1.0] * 50)
-        best, chosen = mstar.best_temperature({1.0: current, 1.2: other}, 1.0)
-        assert best == (1.2 if won > lost else 1.0) and chosen == (1.0 if is_tie else 1.2)
-
-
-def test_reward_pass_is_over_as_many_responses_as_a_training_question_gets():
-    """n = 4 watched, L = 2 in training: the mean over the two pairs, counted by hand."""
-    cfg, rng = config("--monitor_rollouts", "4", "--rollouts_per_question", "2"), random.Random(2)
-    correct = np.array([[rng.random() < 0.4 for _ in range(4)] for _ in range(5)])
-    rewards = np.array([[rng.random() for _ in range(4)] for _ in range(5)])
-    metrics = mstar.pass_metrics(cfg, correct, rewards)
-    for q in range(5):
-        best = [max(pair, key=lambda j: rewards[q, j]) for pair in ((0, 1), (2, 3))]
-        assert metrics["reward_pass_at_1"][q] == np.mean([correct[q, j] for j in best])
-        pairs = [correct[q, a] or correct[q, a + 1] for a in (0, 2)]
-        assert metrics["reward_pass_at_2"][q] == np.mean(pairs)
-        assert metrics["pass_at_k"][q] == any(correct[q]) and "reward_pass_at_4" not in metrics
-    assert "reward_pass_at_1" not in mstar.pass_metrics(cfg, correct, None)
 
 
 @pytest.mark.parametrize("L, keep_top", [(8, 16), (3, 4), (8, 9), (1, 2)])
@@ -366,7 +339,7 @@ def test_greedy_accuracy_is_of_greedy_responses(policy, world, monkeypatch):
         response = SimpleNamespace(log_probs=[-2.0], complete=False)
         return texts, [[response] * 3 for _ in texts]
 
-    monkeypatch.setattr(mstar, "sample_texts", respond)
+    monkeypatch.setattr(evaluate, "sample_texts", respond)
     small = {"validation": world["validation"][:3]}
     cfg = config("--monitor_rollouts", "2", "--method", "continuous")
     metrics = mstar.validate(cfg, policy, None, small, 0.8, 1)
@@ -421,11 +394,12 @@ def test_what_is_run(flags, arms, method, select):
     (["--nonsense", "1"], "--nonsense"), (["--batch_size", "0"], "--batch_size"),
     (["--micro_batch", "0"], "--micro_batch"), (["--evolve_lr", "-0.1"], "--evolve_lr"),
     (["--seed", "x"], "--seed"), (["--seed", "99999999999999999999999"], "--seed"),
-    (["--image_size", "100"], "--image_size"), (["--device", "abacus"], "--device"),
+    (["--policy", "nowhere.safetensors"], "nowhere"), (["--device", "abacus"], "--device"),
     (["--arms", "prm", "--method", "mstar"], "--arms"), (["--arms", "mstar,magic"], "magic"),
     (["--keep_top", "0"], "--keep_top"), (["--prm_questions", "1"], "--prm_questions"),
     (["--select", "best"], "--select"), (["--adapt_by", "luck"], "--adapt_by"),
-    (["--vision_width", "20"], "vision_width"), (["--kv_heads", "0"], "--kv_heads"),
+    (["--recipe", "huge"], "huge"), (["--evolve_questions", "49"], "--labeled 48"),
+    (["--prm_questions", "40"], "--labeled 48"),
     (["--unlabeled", "some"], "--unlabeled"), (["--mix_in", "1"], "--mix_in"),
     (["--test", "4"], "--test"), (["--labeled", "1"], "--labeled"),
     (["--resume", ""], "--resume"), (["--resume", "nowhere"], "nowhere"),

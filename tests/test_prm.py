@@ -6,14 +6,17 @@ import numpy as np
 import pytest
 import torch
 
+import mstar
 import prm
 from data import Tokenizer, build_world, oracle, write_reasoning
-from evaluate import grade_greedily, make_prompts, tokens_of
-from model import Response, Sampling, load_network, read_json, sample, save, write_json
+from evaluate import answer_greedily, make_prompts, tokens_of
+from model import (Example, Response, Sampling, collate, fit, load_network, read_json, sample, save,
+                   write_json)
 from prm import (RewardModel, StepLabels, label_responses, label_steps, random_k, response_rewards,
                  score, top_k, train_prm, weighted_vote)
 
 TOKENIZER = Tokenizer()
+CFG = mstar.Config(prm_epochs=30, prm_lr=3e-3, batch_size=16)
 TEXT = "red is 3\n3 + 4 = 7\nanswer: 7"
 OTHER = "red is 3\n3 + 4 = 8\nanswer: 8"                           # they part in the second step
 
@@ -107,123 +110,130 @@ def test_labels_are_those_of_completing_each_prefix_alone(policy, world, monkeyp
 # ---------------------------------------------------------------- the model
 
 def by_hand(model, prompt, tokens):
-    """What the head reads at each step's end, from a full pass over this response alone: [(sum,
-    lowest, last word, number)]."""
+    """Logits at each step's end, from a plain full pass over this response alone."""
+    seen = {}
+    hook = model.policy.norm.register_forward_hook(lambda *args: seen.update(hidden=args[-1]))
     ids = torch.tensor([prompt.ids + tokens])
     log_probs = model.policy(prompt.image[None], ids)[0].log_softmax(-1)
-    words, before = [], len(prompt.ids) - 1
-    for i, token in enumerate(tokens):
-        words.append(log_probs[before + i, token].item())
-    features = []
-    for number, end in enumerate(TOKENIZER.step_ends(tokens), 1):
-        so_far = words[:end + 1]
-        features.append([sum(so_far), min(so_far), words[max(end - 1, 0)], number])
-    return torch.tensor(features)
+    hook.remove()
+    before = len(prompt.ids) - 1                                   # place of the prompt's last id
+    places = range(before, before + len(tokens))
+    of_tokens = torch.stack([log_probs[i, token] for i, token in zip(places, tokens)])
+    read = torch.cat([seen["hidden"][0, before:before + len(tokens)],
+                      model.policy.embed(torch.tensor(tokens)), of_tokens[:, None]], dim=1)
+    logits = []
+    for end in TOKENIZER.step_ends(tokens):                        # nothing behind the step's end
+        x = model.enter(read[None, :end + 1])
+        cos, sin = model.policy.rope(torch.arange(end + 1)[None])
+        for block in model.blocks:
+            x, _, _ = block(x, cos, sin, torch.ones(end + 1, end + 1, dtype=torch.bool).tril())
+        so_far = of_tokens[:end + 1].sum()
+        logits.append(model.head(model.norm(x[0, -1])) + model.share * so_far)
+    return torch.cat(logits).detach()
 
-def test_the_head_reads_the_words_up_to_each_steps_end_and_nothing_else(reward_model, prompts):
-    texts = [TEXT, "answer: 7", "1 + 1 = 2\nanswer: 2", OTHER]
-    asked = [prompts[q] for q in (2, 0, 2, 2)]
-    responses = [TOKENIZER.response(text) for text in texts]
-    responses[2] = responses[2][:-3]                               # cut off inside the last step
-    for rows in (1, 2, 100):
-        found = reward_model.features(asked, responses, rows)
-        for prompt, tokens, features in zip(asked, responses, found):
-            expected = by_hand(reward_model, prompt, tokens)
-            torch.testing.assert_close(features, expected, rtol=1e-3, atol=1e-3)
-    first, *_, other = reward_model.features(asked, responses)
-    torch.testing.assert_close(first[0], other[0])
-    assert not torch.allclose(first[1], other[1])
-
-def test_scores_are_the_heads_and_rewards_the_lowest_of_them(reward_model, prompts, monkeypatch):
-    texts = [[TEXT, "answer: 7", TEXT], [], ["1 + 1 = 2\nanswer: 2"]]
+def test_scores_are_of_what_stands_before_and_rewards_the_lowest_of_them(reward_model, prompts):
+    texts = [[TEXT, "answer: 7", TEXT, OTHER], [], ["1 + 1 = 2\nanswer: 2"]]
     responses = tokens_of(responses_of(texts))
-    calls, features = [], RewardModel.features
-
-    def count(model, prompts, responses):
-        calls.append(len(responses))
-        return features(model, prompts, responses)
-
-    monkeypatch.setattr(RewardModel, "features", count)
-    scores = score(reward_model, prompts[:3], responses)
-    assert calls == [3] and list(map(len, scores)) == [3, 0, 1]    # equal ones are computed once
-    for q, group in enumerate(responses):
-        for tokens, steps in zip(group, scores[q]):
-            expected = reward_model(by_hand(reward_model, prompts[q], tokens)).sigmoid()
-            torch.testing.assert_close(torch.tensor(steps), expected, rtol=1e-3, atol=1e-4)
-    assert scores[0][0] == scores[0][2]
+    responses[2][0] = responses[2][0][:-3]                         # cut off inside the last step
+    for rows in (1, 2, 100):
+        scores = score(reward_model, prompts[:3], responses, rows)
+        assert list(map(len, scores)) == [4, 0, 1]
+        for q, group in enumerate(responses):
+            for tokens, steps in zip(group, scores[q]):
+                expected = by_hand(reward_model, prompts[q], tokens).sigmoid()
+                torch.testing.assert_close(torch.tensor(steps), expected, rtol=1e-3, atol=1e-4)
+    assert scores[0][0] == scores[0][2] and len(set(scores[0][0])) == 3
+    first, *_, other = scores[0]                                   # they part in the second step
+    assert first[0] == pytest.approx(other[0], abs=1e-5) and first[1] != other[1]
     rewards = response_rewards(reward_model, prompts[:3], responses)
     for q in range(3):
-        assert rewards[q] == [min(steps) for steps in scores[q]]
+        assert rewards[q] == pytest.approx([min(steps) for steps in scores[q]], abs=1e-5)
     assert score(reward_model, prompts[:2], [[], []]) == [[], []]
 
-def labels_by_a_rule(reward_model, prompts, rng):
-    """Labels that follow from one of the numbers that the head reads, the lowest log-probability:
-    six made-up responses of two steps for each of the prompts."""
-    asked, responses = [], []
-    for i in range(len(prompts)):
-        for _ in range(6):
-            words = [rng.randint(20, 120) for _ in range(4)]
-            asked.append(i)
-            responses.append([*words[:3], TOKENIZER.ids["\n"], words[3], TOKENIZER.EOS])
-    features = reward_model.features([prompts[i] for i in asked], responses)
-    lowest = [steps[:, 1] for steps in features]
-    middle = torch.cat(lowest).median()
+def test_an_untrained_prm_goes_by_likelihood(policy, prompts):
+    model = RewardModel(policy.config, policy.tokenizer)
+    model.policy.load_state_dict(policy.state_dict())
+    (steps,), = score(model, prompts[:1], [[TOKENIZER.response(TEXT)]])
+    assert steps == sorted(steps, reverse=True) and steps[-1] < steps[0] < 0.5 + 1e-6
+
+def labels_by_a_rule(number, rng):
+    """A step is good if its first word is "red": six made-up responses of two steps for each of so
+    many prompts."""
+    red, blue, line_break = (TOKENIZER.ids[word] for word in ("red", "blue", "\n"))
     labels = []
-    for i, tokens, values in zip(asked, responses, lowest):
-        labels.append(StepLabels(i, tokens, [4 * int(value > middle) for value in values], 4))
+    for i in range(number):
+        for _ in range(6):
+            first, second = rng.choice((red, blue)), rng.choice((red, blue))
+            noise = [rng.randint(20, 120) for _ in range(2)]
+            tokens = [first, noise[0], line_break, second, noise[1], TOKENIZER.EOS]
+            labels.append(StepLabels(i, tokens, [4 * (first == red), 4 * (second == red)], 4))
     return labels
 
-def test_training_finds_the_rule_behind_the_labels(policy, world, reward_model, capsys,
-                                                   monkeypatch):
+def test_training_finds_the_rule_behind_the_labels(policy, world, capsys, monkeypatch):
     """It holds on questions that were held out, too: the last tenth of those with labels."""
     questions = world["test"][:45]                                 # the last five have no labels
-    prompts = make_prompts(policy, questions[:40])
-    labels = labels_by_a_rule(reward_model, prompts, random.Random(0))
-    seen, features = [], RewardModel.features
+    labels = labels_by_a_rule(40, random.Random(0))
+    learned, held_out = set(), set()
 
-    def watch(model, prompts, responses):
-        seen.append({id(prompt.image) for prompt in prompts})
-        return features(model, prompts, responses)
+    def watch_fit(model, optimizer, stream, updates, *rest):
+        assert updates == 30 * 36 * 6 / 16
 
-    monkeypatch.setattr(RewardModel, "features", watch)
-    model, about = train_prm(policy, questions, labels)
+        def watched():
+            for batch in stream:
+                learned.update(id(example.image) for example in batch)
+                yield batch
+        return fit(model, optimizer, watched(), updates, *rest)
+
+    def watch_score(model, prompts, responses):
+        held_out.update(id(prompt.image) for prompt in prompts)
+        return score(model, prompts, responses)
+
+    monkeypatch.setattr(prm, "fit", watch_fit)
+    monkeypatch.setattr(prm, "score", watch_score)
+    before = {name: tensor.clone() for name, tensor in policy.state_dict().items()}
+    model, about = train_prm(CFG, policy, questions, labels)
     assert set(about) == {"steps", "good", "auc", "loss"}
-    assert about["auc"] > 0.98 and about["steps"] == 4 * 6 * 2 and about["loss"] < 0.2
+    assert about["auc"] > 0.98 and about["steps"] == 4 * 6 * 2 and about["loss"] < 0.1
     held_out_targets = [target for label in labels[-24:] for target in label.targets]
     assert about["good"] == np.mean(held_out_targets)
     assert "alike" not in capsys.readouterr().out
-    learned, held_out = seen
     assert len(learned) == 36 and len(held_out) == 4 and not learned & held_out
-    for before, after in zip(policy.state_dict().values(), model.policy.state_dict().values()):
-        assert torch.equal(before, after)                          # only the head learns
+    for name, tensor in model.policy.state_dict().items():
+        assert torch.equal(tensor, before[name])                   # only what is on top learns
 
-def test_scores_mean_what_the_labels_say(policy, world, reward_model):
-    """At the optimum of a cross-entropy with a free bias, the mean score of the steps that were
-    learned is their mean target. (The head was trained on scaled numbers, and reads unscaled
-    ones.)"""
-    prompts, rng = make_prompts(policy, world["test"][:20]), random.Random(1)
+def test_scores_mean_what_the_labels_say(policy, world):
+    """Soft labels that no text tells apart: the mean score comes close to the mean label, which a
+    loss on hard labels would not."""
     labels = []
-    for label in labels_by_a_rule(reward_model, prompts, rng):
-        # noisy, so that no score is near 0 or 1
-        noisy = [min(4, max(0, correct + rng.randint(-3, 4))) for correct in label.correct]
-        labels.append(label._replace(correct=noisy))
-    model, _ = train_prm(policy, world["test"], labels)
-    learned = [label for label in labels if label.question < 18]
-    scores = score(model, [prompts[label.question] for label in learned],
-                   [[label.tokens] for label in learned])
-    scores = [value for (steps,) in scores for value in steps]
-    targets = [target for label in learned for target in label.targets]
-    assert len(scores) == len(targets) == 18 * 6 * 2 and np.std(scores) > 0.05
-    assert np.mean(scores) == pytest.approx(np.mean(targets), abs=2e-3)
+    for label in labels_by_a_rule(20, random.Random(1)):
+        labels.append(label._replace(correct=[1, 1]))              # a quarter
+    model, _ = train_prm(CFG, policy, world["test"], labels)
+    prompts = make_prompts(policy, world["test"][:20])
+    scores = score(model, [prompts[label.question] for label in labels],
+                   [[label.tokens] for label in labels])
+    assert np.mean([steps for (steps,) in scores]) == pytest.approx(0.25, abs=0.03)
 
-def test_training_on_next_to_nothing_goes_on(policy, world, reward_model, capsys):
-    prompts = make_prompts(policy, world["test"][:4])
-    labels = labels_by_a_rule(reward_model, prompts, random.Random(0))
-    _, about = train_prm(policy, world["test"], labels[5:7])       # one response to learn from
+def test_the_loss_is_the_mean_over_tokens_of_the_cross_entropy_at_step_ends(reward_model, prompts):
+    examples, expected, number = [], 0.0, 0
+    for prompt, text, soft in zip(prompts, (TEXT, "answer: 7"), ([1.0, 0.25, 0.5], [0.75])):
+        tokens = TOKENIZER.response(text)
+        at_end = dict(zip(TOKENIZER.step_ends(tokens), soft))
+        labels = [at_end.get(i, -1.0) for i in range(len(tokens))]
+        examples.append(Example(*prompt, tokens, labels))
+        chances = by_hand(reward_model, prompt, tokens).sigmoid().double()
+        soft = torch.tensor(soft, dtype=torch.double)
+        expected -= (soft * chances.log() + (1 - soft) * (1 - chances).log()).sum().item()
+        number += len(tokens)
+    loss = reward_model.loss(*collate(examples)).item()
+    assert loss == pytest.approx(expected / number, rel=1e-3)
+
+def test_training_on_next_to_nothing_goes_on(policy, world, capsys):
+    labels, cfg = labels_by_a_rule(4, random.Random(0)), mstar.Config(prm_epochs=1)
+    _, about = train_prm(cfg, policy, world["test"], labels[5:7])  # one response to learn from
     assert about["steps"] == 2
     capsys.readouterr()
     alike = [label._replace(correct=[4, 4]) for label in labels]
-    _, about = train_prm(policy, world["test"], alike)
+    _, about = train_prm(cfg, policy, world["test"], alike)
     assert about["auc"] is None and about["good"] == 1 and "alike" in capsys.readouterr().out
 
 def test_saved_prm_is_the_same_prm(reward_model, prompts, tmp_path):
@@ -323,11 +333,11 @@ def test_audit_of_a_perfect_and_of_a_reversed_prm(direction, policy, world, monk
         return scores
 
     def greedy(policy, questions, max_new_tokens, title):
-        return ["correct"] * 3 + ["wrong"] * 3
+        return None, ["correct"] * 3 + ["wrong"] * 3
 
     monkeypatch.setattr(prm, "sample_texts", fake)
     monkeypatch.setattr(prm, "score", truth)
-    monkeypatch.setattr(prm, "grade_greedily", greedy)
+    monkeypatch.setattr(prm, "answer_greedily", greedy)
     labeled, labels = world["labeled"], []
     for i in range(3):
         tokens = TOKENIZER.response("1 + 1 = 3\n" + write_reasoning(labeled[i], random.Random(1)))
@@ -335,51 +345,40 @@ def test_audit_of_a_perfect_and_of_a_reversed_prm(direction, policy, world, monk
         labels.append(StepLabels(i, tokens, [1, *[2 + direction] * (steps - 1)], 4))
     result = prm.audit(policy, None, labels, labeled, questions, 72, n=4)
     is_perfect = float(direction == 1)
-    assert set(result) == {"labels", "scores", "selection", "verifier", "length", "by_question",
-                           "responses"}
-    assert result["scores"]["step"]["auc"] == is_perfect and result["responses"] == 24
-    # only the first step of each labeled response is false, and every step after it is unsound
-    assert result["labels"]["step"]["auc"] == (1.0 if direction == 1 else 0.5)
-    assert result["labels"]["step"]["same_question"] is None
-    assert result["labels"]["so_far"] == {"auc": None, "same_question": None, "true": 0.0}
-    assert result["selection"]["all"] == {"responses": 12, "unsound": 0.5}
-    assert result["selection"]["top_1"] == {"responses": 6, "unsound": 1 - is_perfect}
-    assert result["selection"]["likely_2"]["responses"] == 12
-    verifier = result["verifier"]
-    assert list(verifier) == ["greedy", "1", "2", "4"] and verifier["greedy"] == 0.5
-    assert verifier["4"]["best_of_n"] == is_perfect and verifier["4"]["oracle"] == 1
-    assert verifier["4"]["likeliest"] == 1
-    assert set(verifier["2"].values()) == {0} and len(verifier["2"]) == 5      # both are wrong
-    assert result["length"] == {"top_2": None, "others": None}     # nobody has more than two
-    assert result["by_question"]["greedy"] == "1 1 1 0 0 0"
-    assert result["by_question"]["best_of_n"] == " ".join(str(int(is_perfect)) * 6)
-    assert result["by_question"]["unsound_top_2"] == "- - - - - -"
+    assert set(result) == {"mean", "by_question", "auc_of_labels", "auc_of_scores"}
+    assert result["auc_of_scores"] == is_perfect
+    # only the first step of each labeled response is false
+    assert result["auc_of_labels"] == (1.0 if direction == 1 else 0.5)
+    mean, of_question = result["mean"], result["by_question"]
+    assert mean["unsound_all"] == 0.5 and mean["auc_reward"] == is_perfect
+    assert mean["auc_likelihood"] == 0                             # the lucky one is the likeliest
+    assert mean["greedy"] == 0.5 and of_question["greedy"] == "1 1 1 0 0 0"
+    assert mean["best_of_4"] == is_perfect and mean["likeliest_of_4"] == 1
+    assert of_question["best_of_4"] == " ".join(str(int(is_perfect)) * 6)
+    assert mean["best_of_2"] == mean["majority_of_2"] == 0 and "best_of_8" not in mean
 
-def test_the_top_2_beside_the_others():
-    """Question 0 has three correct responses, question 2 has two, the others none."""
-    correct = [(0, "a"), (0, "b\nb"), (0, "c\nc\nc"), (2, "d"), (2, "e")]
-    is_sound = {key: key[1] != "c\nc\nc" for key in correct}
-    length, numbers = prm.compare_top_2(correct, [(0, "a"), (0, "b\nb"), (2, "d"), (2, "e")],
-                                        is_sound, 4)
-    assert length == {"top_2": 1.5, "others": 3.0}
-    assert numbers == {"unsound_top_2": "0 - - -", "unsound_all": "0.3333 - - -",
-                       "steps_top_2": "1.5 - - -", "steps_all": "2 - - -"}
+def test_the_top_2_beside_the_others(world):
+    """Three correct and different responses, one of them unsound, one of them twice."""
+    question = world["test"][0]
+    short, long = sorted({write_reasoning(question, random.Random(i)) for i in range(9)})[:2]
+    unsound = f"1 + 1 = 3\nanswer: {question.answer}"
+    texts = [short, "answer: 0", unsound, long, short]
+    numbers = prm.compare_top_2(question, texts, [0.9, 1.0, 0.1, 0.8, 0.2], [-3, 0, -1, -2, -9])
+    steps = [text.count("\n") + 1 for text in (short, long, unsound)]
+    assert numbers == {
+        "auc_reward": 1.0, "auc_likelihood": 0.0, "unsound_all": pytest.approx(1 / 3),
+        "steps_all": np.mean(steps), "unsound_top_2": 0.0, "steps_top_2": np.mean(steps[:2]),
+        "unsound_likely_2": 0.5, "steps_likely_2": np.mean(steps[1:])}
+    assert set(prm.compare_top_2(question, ["hm"], [0.5], [-1.0]).values()) == {None}
 
 def test_each_way_to_choose_among_n_responses_goes_by_its_own_numbers(world):
     """The gold answer is 7. What each way finds among the first 1, 2, 4 responses."""
     question = replace(world["test"][0], answer=7)
     texts = ["answer: 5", "5 + 2 = 7\nanswer: 7", "hm\nanswer: 5", "hm"]
-    keys = [(0, text) for text in texts]
-    reward = dict(zip(keys, (0.2, 0.3, 0.05, 0.9)))                # the best has no answer
-    likelihood = dict(zip(keys, (-1.0, -2.0, -3.0, -4.0)))
-    is_sound = dict(zip(keys, (False, True, False, False)))
-    accuracy, of_question = prm.verify([question], [texts], reward, likelihood, is_sound)
-    assert list(accuracy) == ["1", "2", "4"] and set(accuracy["1"].values()) == {0}
-    assert accuracy["2"] == {"best_of_n": 1, "likeliest": 0, "weighted_voting": 1,
-                             "majority_voting": 0, "oracle": 1}    # a tie: the smaller answer
-    assert accuracy["4"] == {"best_of_n": 0, "likeliest": 0, "weighted_voting": 1,
-                             "majority_voting": 0, "oracle": 1}
-    assert of_question == {way: [bool(value)] for way, value in accuracy["4"].items()}
+    found = prm.verify(question, texts, [0.2, 0.3, 0.05, 0.9], [-1.0, -2.0, -3.0, -4.0])
+    right = {way for way, is_correct in found.items() if is_correct}
+    # a tie of votes: the smaller answer; the best of four has no answer
+    assert right == {"best_of_2", "weighted_vote_of_2", "weighted_vote_of_4"} and len(found) == 12
 
 def test_the_command_audits_the_prm_of_a_run(reward_model, policy, tmp_path, capsys):
     splits = {"test": 10, "labeled": 5}
@@ -387,7 +386,8 @@ def test_the_command_audits_the_prm_of_a_run(reward_model, policy, tmp_path, cap
     tokens = TOKENIZER.response(write_reasoning(world["labeled"][4], random.Random(0)))
     steps = len(TOKENIZER.step_ends(tokens))
     labels = [StepLabels(4, tokens, [1] * steps, 2)]
-    write_json(tmp_path / "config.json", {"splits": splits, "world_seed": 3, "max_new_tokens": 4})
+    write_json(tmp_path / "config.json", {"splits": splits, "world_seed": 3, "max_new_tokens": 4,
+                                           "warmup_questions": 0})
     save(tmp_path / "pi_0.safetensors", policy)
     save(tmp_path / "prm.safetensors", reward_model)
     write_json(tmp_path / "labels.json", {"labels": [label._asdict() for label in labels]})
@@ -395,9 +395,9 @@ def test_the_command_audits_the_prm_of_a_run(reward_model, policy, tmp_path, cap
     result = read_json(tmp_path / "audit.json")
     assert result.pop("seconds") > 0                               # as a run's own has it
     assert result == prm.audit(policy, reward_model, labels, world["labeled"], world["test"], 4)
-    assert result["labels"]["step"]["true"] == 1 and result["responses"] == 160
-    graded = grade_greedily(policy, world["test"], 4, "greedy")
-    assert result["verifier"]["greedy"] == graded.count("correct") / 10
+    _, graded = answer_greedily(policy, world["test"], 4, "greedy")
+    assert result["mean"]["greedy"] == graded.count("correct") / 10
+    assert len(result["by_question"]["best_of_16"].split()) == 10
     assert "AUC" in capsys.readouterr().out.splitlines()[-1]
     (tmp_path / "prm.json").unlink()
     for folder in (tmp_path, tmp_path / "none"):

@@ -101,7 +101,8 @@ def finish(folder):
     """Add what a finished run leaves: report.json."""
     rows = []
     for name, accuracy in ((EVIL, 0.25), ("M-STaR", 0.5)):
-        row = {"name": name, "ci95": {}, "unparseable": 0.125, "shuffled_images": 0.0625}
+        row = {"name": name, "ci95": {}, "unparseable": 0.125, "unsound": 0.0625,
+               "readings": {"test": 0.99}}
         for i, (key, columns) in enumerate((("id", ("all", *TASKS)), ("ood", (*TESTBEDS, "all")))):
             row[key] = {column: accuracy + (6 * i + j) / 100 for j, column in enumerate(columns)}
             row["ci95"][key] = {column: [value - 0.1, value + 0.1]
@@ -383,7 +384,8 @@ def test_the_last_line_on_screen_is_the_gain_over_pi_0(run_folder, capsys):
                              "continuous": {"id": [0.3, 0.2, 0.4], "ood": [0, -0.1, 0.1]}}
     report.print_report(finished)
     lines = capsys.readouterr().out.splitlines()
-    assert "M-STaR: unparseable 12.5 %, with shuffled images 6.2 %" in lines
+    assert ("M-STaR: 12.5 % unparseable, 6.2 % of the correct ones unsound, 99.0 % of readings "
+            "true") in lines
     assert lines[-5].endswith("base 1.0, arm mstar 0.5")
     assert lines[-1] == f"M-STaR over {PI_0}, in domain: +10.0 points [+0.0, +20.0]"
     assert lines[-2].startswith("M-STaR over continuous, in domain")

@@ -18,7 +18,7 @@ import results.tables
 import torture
 from data import TESTBEDS, Tokenizer
 from model import read_json, write_json
-from results.report import work_of
+
 
 TINY = ["--preset", "test", "--epochs", "0.5"]
 SMALL = ["--preset", "test", "--arms", "mstar", "--epochs", "0.5", "--test", "10", "--testbed", "2",
@@ -53,38 +53,6 @@ def test_arms_get_equal_responses_and_updates_and_their_own_switches(two_runs):
         assert len({tuple(line.get(name) for line in lines) for lines in arms.values()}) == 1
     assert "sweep" in arms["mstar"][1]
     assert not any("sweep" in line for arm in ("continuous", "prm") for line in arms[arm])
-
-
-def test_the_work_that_is_announced_is_the_work_that_is_done(tmp_path, monkeypatch):
-    """All responses and updates of a run, counted where they are made. Rollouts from steps are
-    announced as five per response; the samples for the page are not counted."""
-    done = {"responses": 0, "updates": 0, "rollouts": 0}
-    sample, step = evaluate.sample, model.Optimizer.step
-
-    def counting(policy, prompts, how, prefixes=None, **more):
-        number = sum(map(len, prefixes)) if prefixes else len(prompts)
-        done["rollouts" if prefixes else "responses"] += number * how.rollouts
-        return sample(policy, prompts, how, prefixes, **more)
-
-    def stepping(self):
-        done["updates"] += 1
-        step(self)
-
-    monkeypatch.setattr(evaluate, "sample", counting)
-    monkeypatch.setattr(model.Optimizer, "step", stepping)
-    monkeypatch.setattr(mstar, "write_samples", lambda *a: None)
-    monkeypatch.setattr(mstar, "announce", lambda *a: None)
-    for module in (mstar, prm, evaluate):
-        monkeypatch.setattr(module, "grade", torture.guess)
-    flags = [*TINY, "--arms", "sft,mstar,mstar_watched", "--out", str(tmp_path)]
-    cfg, _ = mstar.parse(flags)
-    mstar.main(flags)
-    responses, updates = work_of(cfg, mstar.arms_of(cfg), mstar.GRID)
-    rollouts = 5 * cfg.prm_rollouts * cfg.prm_questions * cfg.prm_responses
-    assert updates == done["updates"] and done["rollouts"] > 0
-    # a greedy response per validation question and look, and a repeated temperature of a sweep
-    looks = 2 * (cfg.iterations + 1) * cfg.validation
-    assert responses - rollouts == pytest.approx(done["responses"] - looks, rel=0.01)
 
 
 def test_samples_show_fixed_questions_with_a_verdict_per_step(two_runs):
@@ -260,7 +228,7 @@ def tables(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(mstar, "best_temperature", lambda values, current: (0.5, 0.5))
         patch.setattr(mstar, "announce", lambda *a: None)
-        for module in (mstar, prm):
+        for module in (evaluate, prm, results.report):
             patch.setattr(module, "grade", torture.guess)
         patch.chdir(tmp_path_factory.mktemp("tables"))
         found = {name: results.tables.main([name, *FLAGS]) for name in results.tables.TABLES}
@@ -279,8 +247,10 @@ def test_every_table_has_its_arms_with_equal_budgets_and_verdicts(tables, name):
     assert len(result["arms"]) == len(rows) * (3 if name == "table5" else 1)
     for size in {arm["size"] for arm in result["arms"]}:
         evolved = [arm for arm in result["arms"] if arm["responses"] and arm["size"] == size]
-        assert len({(arm["responses"], arm["updates"]) for arm in evolved}) == 1
-        assert evolved[0]["responses"] == 32 and evolved[0]["updates"] == 3 + 4
+        assert {arm["responses"] for arm in evolved} == {32}
+        for arm in evolved:                                        # a round without correct ones
+            idle = [line for line in arm["iterations"] if line.get("num_kept") == 0]   # has none
+            assert arm["updates"] == 3 + 4 or idle and arm["updates"] < 3 + 4
         assert all(arm["updates"] == 3 + 4 for arm in result["arms"] if arm["arm"] == "sft")
     assert len(result["claims"]) >= len(results.tables.CLAIMS.get(name, ())) and result["claims"]
     text = results.tables.format_table(result)
@@ -359,7 +329,8 @@ def test_a_table_goes_on_where_it_was_stopped(tmp_path, monkeypatch, capsys):
     ([], "usage"), (["table9"], "usage"), (["table1", "--seeds", "0"], "--seeds"),
     (["table1", "--seeds"], "--seeds"), (["table1", "--seed", "1"], "--seed"),
     (["table1", "--method", "prm"], "--method"), (["table1", *TINY], "--epochs 0.5"),
-    (["table5", "--preset", "test", "--heads", "1", "--kv_heads", "1"], "heads")])
+    (["table5", "--preset", "test", "--policy", "mine.safetensors"], "mine"),
+    (["table5", "--preset", "test", "--recipe", "gpu"], "gpu")])
 def test_wrong_use_of_tables(argv, word, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as stop:

@@ -45,9 +45,8 @@ def begin(argv, log, dies_at=None, rng=random):
     if process := os.fork():
         return process
     sys.stdout = sys.stderr = open(log, "a", buffering=1)
-    for module in (mstar, prm, evaluate, results.report):
+    for module in (prm, evaluate, results.report):
         module.grade = guess
-    mstar.announce = lambda *a: None                               # no calibration: sooner at work
     mstar.Run.fit.__defaults__ = (3,)                              # saved every 3 updates
     writes, write_whole = 0, model.write_whole
 

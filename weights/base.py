@@ -2,30 +2,34 @@
 weights/base.py: the stand-in for a pretrained LMM, trained from nothing: it sees and speaks, but
 reasons badly when asked alone. Not part of the paper's method, which starts from such a model.
 
-Read:     Diet -> train_base -> Muon
-Run:      python mstar.py trains a base first, by the diet of its preset
+base.safetensors (with base.json: sizes, vocabulary, how it was made) is what a run starts from.
+Read:     Recipe -> train_base -> Muon
+Run:      python mstar.py --method base --policy scratch --out runs/base
+          (runs/base/policy.safetensors is a base then; --recipe cpu-small, cpu-large for Table 5)
 """
 import random
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import chain, islice
 
 import torch
 
-from data import write_caption, write_reasoning
+from data import write_reasoning
 from evaluate import make_prompts
-from model import Example, Optimizer, Policy, adamw, batches, seed_for
+from model import Example, ModelConfig, Optimizer, Policy, adamw, batches, seed_for
 
 @dataclass(frozen=True)
-class Diet:
-    """What a base is trained on, all from pictures that no other split has."""
-    images: int = 10000                # captioned pictures
-    arithmetic: int = 5000             # texts of five arithmetic facts
+class Recipe:
+    """How a base is made: the sizes of the network, and what it is trained on, all from pictures
+    that no other split has."""
+    sizes: dict                        # of ModelConfig, where they are not its defaults
+    images: int = 40_000               # captioned pictures
+    arithmetic: int = 20_000           # texts of five arithmetic facts
     worked: int = 200                  # worked examples that are asked like a test question
     worked_with_answer: int = 6000     # worked examples with the answer in the prompt
     texts: int = 5                     # reasoning texts per worked example, by different routes
-    caption_updates: int = 1100        # updates on captions and arithmetic alone, then
-    updates: int = 800                 # updates on all of it
+    caption_updates: int = 6000        # updates on captions and arithmetic alone, then
+    updates: int = 2000                # updates on all of it
     lr: float = 3e-3                   # of AdamW (embeddings, norms, biases)
     muon_lr: float = 2e-3              # of Muon (the matrices)
 
@@ -34,59 +38,74 @@ class Diet:
         """Size of the split `base`."""
         return max(self.images, self.worked + self.worked_with_answer)
 
-DIETS = {
-    "cpu": Diet(),
-    "test": Diet(images=60, arithmetic=20, worked=20, worked_with_answer=20, caption_updates=4,
-                 updates=4),
+FEW = dict(images=60, arithmetic=20, worked=20, worked_with_answer=20, caption_updates=4, updates=4)
+TINY = dict(layers=1, vision_width=16, vision_layers=1, kv_heads=1)
+RECIPES = {
+    "cpu": Recipe({}),                 # weights/base.safetensors; with Table 5's sizes beside it
+    "cpu-small": Recipe(dict(width=64, heads=2, kv_heads=2, vision_width=32)),
+    "cpu-large": Recipe(dict(width=192, heads=6, kv_heads=6, vision_width=96)),
+    "test": Recipe(TINY | dict(width=32, heads=2), **FEW),
+    "test-small": Recipe(TINY | dict(width=16, heads=1), **FEW),
+    "test-large": Recipe(TINY | dict(width=48, heads=3), **FEW),
     # sized on paper, not measured yet
-    "gpu": Diet(images=40000, arithmetic=20000, caption_updates=2000, updates=1500, lr=1e-3),
+    "gpu": Recipe(dict(width=384, layers=6, heads=6, kv_heads=6, vision_width=256, vision_layers=4,
+                       vision_heads=4, patch_size=8), lr=1e-3),
 }
 
-def train_base(config, questions, cfg, run):
-    """Train a policy of these sizes (ModelConfig) from nothing on the diet of cfg.preset, saved
-    every some hundred updates by run.fit. Returns (policy, {loss}).
+def train_base(questions, cfg, run):
+    """Train a policy from nothing by the recipe cfg.recipe, saved every some hundred updates by
+    run.fit. Returns (policy, {loss, recipe}).
 
     Captions name everything in a picture, or what the prompt asks for by name (in trials without
     the latter, pi_0's readings were mostly true, but of the wrong thing). Worked examples with the
     answer in the prompt are how it can explain answers at warm-up. Captions first: in one trial of
     1,200 updates, a diet mixed from the start read prices at 55 %, captions first at 100 %."""
+    tokenizer, recipe = run.tokenizer, RECIPES[cfg.recipe]
     torch.manual_seed(cfg.seed)
-    policy = Policy(config, run.tokenizer).to(run.device)
-    tokenizer, diet = run.tokenizer, DIETS[cfg.preset]
+    policy = Policy(ModelConfig(len(tokenizer), **recipe.sizes), tokenizer).to(run.device)
     rng = random.Random(seed_for(cfg.seed, "base"))
     prompts = make_prompts(policy, questions)
     perception = []                                                # captions, then arithmetic
-    for prompt, question in zip(prompts[:diet.images], questions):
+    for prompt, question in zip(prompts[:recipe.images], questions):
         repeats = 2 if question.task == "TQA" else 1               # tables have the most to read
         for asked in (False, True) * repeats:
             text, response = write_caption(question, rng, asked)
             perception.append(Example(prompt.image, tokenizer.prompt(text),
                                       tokenizer.response(response)))
     blank = torch.full_like(prompts[0].image, 255)
-    for _ in range(diet.arithmetic):
+    for _ in range(recipe.arithmetic):
         perception.append(Example(blank, tokenizer.prompt("calculate"),
                                   tokenizer.response(arithmetic(rng))))
     worked = []
-    number = diet.worked + diet.worked_with_answer
+    number = recipe.worked + recipe.worked_with_answer
     for i, (prompt, question) in enumerate(zip(prompts[:number], questions)):
-        answer = question.answer if i >= diet.worked else None
+        answer = question.answer if i >= recipe.worked else None
         ids = tokenizer.prompt(question.text, answer)
-        for text in dict.fromkeys(write_reasoning(question, rng) for _ in range(diet.texts)):
+        for text in dict.fromkeys(write_reasoning(question, rng) for _ in range(recipe.texts)):
             worked.append(Example(prompt.image, ids, tokenizer.response(text)))
     # then a diet of two thirds worked examples
     mixed = rng.sample(perception, min(len(perception), len(worked) // 2)) + worked or perception
     # One row per picture: with up to four side by side, pi_0 was 12 points worse (one trial)
     first = batches(perception, cfg.batch_size, random.Random(seed_for(cfg.seed, "captions")))
     then = batches(mixed, cfg.batch_size, random.Random(seed_for(cfg.seed, "worked examples")))
-    stream = chain(islice(first, diet.caption_updates), then)
-    total = diet.caption_updates + diet.updates
+    stream = chain(islice(first, recipe.caption_updates), then)
+    total = recipe.caption_updates + recipe.updates
     matrices, rest = split_parameters(policy)
-    optimizer = Optimizer([adamw(policy, rest, diet.lr), Muon(matrices, lr=diet.muon_lr)],
+    optimizer = Optimizer([adamw(policy, rest, recipe.lr), Muon(matrices, lr=recipe.muon_lr)],
                           cfg.lr_warmup_updates, decay_over=total)
     loss = run.fit(policy, optimizer, stream, total, cfg.micro_batch, "base")
     print(f"base      {len(perception):,} captions and arithmetic texts, {len(worked):,} worked "
           f"examples; loss {loss:.3f}", flush=True)
-    return policy, {"loss": loss}
+    return policy, {"loss": loss, "recipe": asdict(recipe)}
+
+def write_caption(question, rng, asked):
+    """(prompt text, response text) about what can be read off the picture, worded like the readings
+    of a reasoning text: all of it, or, if `asked`, two to six facts that the prompt names."""
+    number = min(rng.randint(2, 6), len(question.facts)) if asked else len(question.facts)
+    subjects = rng.sample(sorted(question.facts), number)          # which facts
+    prompt = "describe " + " and ".join(subjects) if asked else "describe"
+    lines = [f"{subject} is {question.facts[subject]}" for subject in rng.sample(subjects, number)]
+    return prompt, "\n".join(lines)
 
 def arithmetic(rng):
     """Five facts with numbers such as reasoning in the world needs: digits, their sums and
