@@ -17,6 +17,7 @@ import math
 import operator
 import random
 import re
+import signal
 import sys
 import textwrap
 import zlib
@@ -26,6 +27,9 @@ from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import NamedTuple
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)                   # Ctrl-C during the imports
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -637,7 +641,7 @@ class Tokenizer:
 
 def write_preview(path):
     """A contact sheet as PNG: four questions of each task type and testbed, with a reasoning
-    text."""
+    text. OSError as of open()."""
     world = build_world({**dict.fromkeys(TESTBEDS, 8), "test": 20})
     rows = {task: world["test"][i::len(TASKS)] for i, task in enumerate(TASKS)}        # in turns
     rows |= {bed: world[bed][:4] for bed in TESTBEDS}
@@ -655,7 +659,13 @@ def write_preview(path):
             below = top + (176 if reasoning.count("\n") > 10 else 148)
             wrapped = "\n".join(textwrap.wrap(question.text, 44))
             pen.text((left, below), wrapped, fill=(0, 60, 160))
-    sheet.save(path)
+    part = Path(f"{path}.part")                                    # whole or not at all
+    try:
+        sheet.save(part, "PNG")
+        part.replace(path)
+    except OSError:
+        part.unlink(missing_ok=True)
+        raise
 
 def main(argv=None):
     """Command line of this file: --preview FILE.png."""
@@ -666,7 +676,10 @@ def main(argv=None):
     path = parser.parse_args(argv).preview
     if path.suffix.lower() != ".png" or not path.parent.is_dir():
         parser.exit(2, f"data.py: --preview {path}: must end in .png, in a folder that exists\n")
-    write_preview(path)
+    try:
+        write_preview(path)
+    except OSError as error:                                       # a full disk, a folder's name
+        parser.exit(2, f"data.py: --preview {path}: {error.strerror}\n")
     print(f"wrote {path}")
 
 if __name__ == "__main__":

@@ -12,13 +12,18 @@ Run:      python evaluate.py runs/NAME               (score a saved policy again
 """
 import argparse
 import math
+import os
 import re
+import signal
 import sys
 from collections import Counter, defaultdict
 from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
 from typing import NamedTuple
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)                   # Ctrl-C during the imports
 
 import numpy as np
 import torch
@@ -93,11 +98,14 @@ def make_prompts(policy, questions, with_answer=False):
     return prompts
 
 def sample_texts(policy, prompts, how, title, prefixes=None):
-    """`model.sample` behind a progress bar. Returns (texts, responses), both
-    [question][rollout]."""
+    """`model.sample` behind a progress bar; its errors name the `title`. Returns (texts,
+    responses), both [question][rollout]."""
     number = sum(map(len, prefixes)) if prefixes else len(prompts)  # to continue
     with progress_bar(how.rollouts * number, title, " responses") as bar:
-        responses = sample(policy, prompts, how, prefixes, progress=bar.update)
+        try:
+            responses = sample(policy, prompts, how, prefixes, progress=bar.update)
+        except FloatingPointError as error:
+            raise FloatingPointError(f"{title}: {error}") from error
     return [list(map(policy.tokenizer.decode, group)) for group in tokens_of(responses)], responses
 
 def tokens_of(responses):
@@ -294,6 +302,17 @@ def format_table(rows):
         lines.append(f"{row['name']:<{width}}{cells}")
     return "\n".join(lines)
 
+def run_command(main):
+    """Run a command's main. Ctrl-C, and a reader that has gone (`| head -0`), end it silently."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)       # it was off during the imports
+    try:
+        main()
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)               # for Python's own last flush
+
 @contextmanager
 def one_line_errors(program, advice, *bad_input):
     """One line on stderr instead of a traceback for what stops a program from outside: Ctrl-C
@@ -302,6 +321,8 @@ def one_line_errors(program, advice, *bad_input):
     try:
         yield
         return
+    except BrokenPipeError:                                        # see run_command
+        raise
     except KeyboardInterrupt:                                      # Ctrl-C
         line, status = "stopped", 130
     except torch.OutOfMemoryError:                                 # a smaller part needs less
@@ -362,4 +383,4 @@ def main(argv=None):
               f"{points(gain['id'])} in domain")
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    run_command(main)

@@ -17,6 +17,7 @@ import hashlib
 import json
 import math
 import os
+import sys
 import zlib
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
@@ -435,7 +436,7 @@ def fit(policy, optimizer, stream, updates, micro_batch, title):
             norm = nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
             if not math.isfinite(loss + norm.item()):
                 raise FloatingPointError(f"{title}: the loss or gradient of update "
-                                         f"{len(losses) + 1} is not a finite number")
+                                         f"{optimizer.updates + 1} is not a finite number")
             optimizer.step()
             losses.append(loss)
             bar.set_postfix_str(f"loss {loss:.3f}", refresh=False)
@@ -468,8 +469,9 @@ def backward(policy, examples, micro_batch, pool):
     return batch_loss
 
 def progress_bar(total, title, unit):
-    """A progress bar that goes when it is full."""
-    return tqdm(total=total, desc=title, unit=unit, leave=False, mininterval=1)
+    """A progress bar that goes when it is full; none where there is no stderr."""
+    return tqdm(total=total, desc=title, unit=unit, leave=False, mininterval=1,
+                disable=sys.stderr is None)
 
 def collate(examples):
     """Tensors of a batch, as `Policy.loss` takes them: images and prompts without their last token,
@@ -648,7 +650,8 @@ def sample(policy, prompts, how, prefixes=None, rows=None, progress=None):
     rows: responses per batch at most (never less than one question's); default 1024 (4096 on a
         GPU), or a quarter of all.
     progress: called with the number of responses that have just ended.
-    ValueError: a negative temperature, an empty prompt, a prefix that leaves nothing to write."""
+    ValueError: a negative temperature, an empty prompt, a prefix that leaves nothing to write.
+    FloatingPointError: weights that have left the finite numbers."""
     L, T, end = how.rollouts, how.max_new_tokens, policy.tokenizer.EOS
     prefixes = prefixes or [[[]]] * len(prompts)
     temperature = torch.as_tensor(how.temperature, dtype=torch.float32).expand(L)
@@ -708,6 +711,8 @@ def _sample_batch(policy, prompts, counts, temperature, uniforms, forced, progre
     # 1. Prefill: each question once. All its responses begin in one row.
     with policy.precision():
         logits, start, prefix = _prefill(policy, prompts)          # (N, V), (N,), (N, G, P, D)
+    if not logits.isfinite().all():
+        raise FloatingPointError("the policy's logits are not finite numbers")
     suffix = [[part.new_empty(R, part.shape[1], T, part.shape[3]) for part in layer]
               for layer in prefix]                                 # the cache: a line for each row
     row = torch.arange(len(counts), device=device).repeat_interleave(

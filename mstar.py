@@ -22,6 +22,7 @@ import math
 import random
 import re
 import shutil
+import signal
 import sys
 import time
 import zlib
@@ -31,13 +32,16 @@ from functools import partial
 from itertools import chain, count, islice
 from pathlib import Path
 
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)                   # Ctrl-C during the imports
+
 import numpy as np
 import torch
 
 from data import TESTBEDS, Tokenizer, build_world
 from evaluate import (as_text, auc, best_temperature, evaluate_policy, explore, find_answer,
                       interval, make_prompts, means, one_line_errors, pass_metrics, percent,
-                      sample_texts, share_unsound, unique_correct)
+                      run_command, sample_texts, share_unsound, unique_correct)
 from model import (Example, Optimizer, Policy, Sampling, adamw, batches, fit, load,
                    load_network, read_json, save, seed_for, write_json, write_whole)
 from prm import (RewardModel, StepLabels, audit, label_steps, random_k, response_rewards, top_k,
@@ -708,4 +712,4 @@ def main(argv=None):
     return report
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

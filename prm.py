@@ -15,12 +15,16 @@ A step is one line of a response; it ends with its line break, the last one with
 import argparse
 import math
 import random
+import signal
 import sys
 import time
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)                   # Ctrl-C during the imports
 
 import numpy as np
 import torch
@@ -29,7 +33,7 @@ from torch import nn
 
 from data import Tokenizer, build_world, oracle, sound
 from evaluate import (answer_greedily, as_text, auc, find_answer, grade, make_prompts,
-                      one_line_errors, percent, sample_texts, tokens_of)
+                      one_line_errors, percent, run_command, sample_texts, tokens_of)
 from model import (WORKERS, DecoderBlock, Example, Optimizer, Policy, Sampling, adamw, batches,
                    causal, collate, fit, load_network, read_json, seed_for, write_json)
 
@@ -337,4 +341,4 @@ def main(argv=None):
           f"{percent(result['auc_of_scores'])}")
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    run_command(main)

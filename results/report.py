@@ -11,6 +11,7 @@ import json
 import math
 import platform
 import random
+import signal
 import sys
 import time
 from collections import Counter
@@ -18,13 +19,16 @@ from dataclasses import asdict
 from html import escape
 from pathlib import Path
 
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)                   # Ctrl-C during the imports
+
 import numpy as np
 import torch
 from PIL import Image
 
 from data import TASKS, TESTBEDS, build_world, oracle, render, write_reasoning
 from evaluate import (COLUMNS, columns_of, format_table, grade, make_prompts, one_line_errors,
-                      paired_gain, percent, points, sample_texts, tokens_of)
+                      paired_gain, percent, points, run_command, sample_texts, tokens_of)
 from model import (WORKERS, Example, Optimizer, Sampling, adamw, batches, fit, read_json, sample,
                    seed_for, write_json, write_whole)
 from prm import label_responses, score
@@ -324,10 +328,14 @@ def html_response(r, times):
     return (f"<li class='response{' selected' * r['selected']}' data-outcome='{' '.join(outcome)}'>"
             f"<b>{', '.join(outcome)}</b>{f' ×{times}' if times > 1 else ''}<ol>{steps}</ol></li>")
 
-if __name__ == "__main__":
+def main():
+    """Make the pages of the runs that are named."""
     if len(sys.argv) < 2:
         print("usage: python -m results.report runs/NAME ...", file=sys.stderr)
         sys.exit(2)
     for name in sys.argv[1:]:
         with one_line_errors("results.report", f"{name}: no run", ValueError, KeyError, TypeError):
             print(f"wrote {write_page(name)}")
+
+if __name__ == "__main__":
+    run_command(main)

@@ -10,17 +10,21 @@ Run:      python -m results.tables table1|table2|table3|table4|table5|dynamics [
 """
 import json
 import math
+import signal
 import sys
 from collections import defaultdict
 from dataclasses import replace
 from operator import itemgetter
 from pathlib import Path
 
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)                   # Ctrl-C during the imports
+
 import numpy as np
 
 import mstar
 from data import TASKS, TESTBEDS
-from evaluate import columns_of, correct_in, one_line_errors
+from evaluate import columns_of, correct_in, one_line_errors, run_command
 from model import read_json, write_json
 from results.report import line_chart, write_html
 
@@ -379,4 +383,4 @@ def html_dynamics(arms):
     return f"<h1>dynamics</h1><div class='charts'>{''.join(charts)}</div>"
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -257,6 +257,23 @@ def test_preview_is_a_picture(tmp_path, capsys):
         assert stop.value.code == 2 and error.count("\n") == 1 and str(path) in error
         assert not path.exists()
 
+def test_a_preview_that_cannot_be_written_is_one_line_and_leaves_nothing(tmp_path, capsys,
+                                                                         monkeypatch):
+    (tmp_path / "folder.png").mkdir()
+
+    def full(image, path, *rest):
+        path.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    for path, word in ((tmp_path / "folder.png", "directory"), (tmp_path / "sheet.png", "space")):
+        if word == "space":
+            monkeypatch.setattr(Image.Image, "save", full)
+        with pytest.raises(SystemExit) as stop:
+            data.main(["--preview", str(path)])
+        error = capsys.readouterr().err
+        assert stop.value.code == 2 and error.count("\n") == 1 and word in error
+    assert [path.name for path in tmp_path.iterdir()] == ["folder.png"]
+
 # ---------------------------------------------------------------- tokenizer
 
 def test_tokenizer_keeps_every_text(world, tokenizer):

@@ -1,10 +1,14 @@
 """Grades and statistics, against counting by hand."""
+import os
 import random
 import re
+import subprocess
+import sys
 import time
 from fractions import Fraction
 from itertools import combinations, permutations
 from math import isclose
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -232,6 +236,29 @@ def test_texts_are_those_of_the_sampled_tokens(policy, prompts):
             decoded = [policy.tokenizer.decode(response.tokens) for response in of_tokens]
             assert group == decoded and isinstance(of_tokens[0], Response)
     assert all(text.startswith("red is 3\n") for text in texts[1])
+
+def test_a_policy_of_weights_that_are_not_finite_is_named(policy, prompts):
+    policy.norm.weight.data[3] = float("inf")
+    with pytest.raises(FloatingPointError, match="round 3: the policy's logits"):
+        sample_texts(policy, prompts, Sampling(1, 1.0, 4, seed=0), "round 3")
+
+def test_no_progress_bar_without_stderr(policy, prompts, monkeypatch):
+    monkeypatch.setattr(sys, "stderr", None)                       # 2>&-
+    texts, _ = sample_texts(policy, prompts, Sampling(1, 1.0, 4, seed=0), "title")
+    assert len(texts) == len(prompts)
+
+def test_a_reader_that_has_gone_and_ctrl_c_end_a_command_silently():
+    """In processes of their own, as a shell would start them."""
+    begin = "import sys; from evaluate import run_command, one_line_errors\n"
+    pipe = begin + "def main():\n with one_line_errors('x', 'y'):\n  print('z' * 99999)\n"
+    interrupt = begin + "def main():\n raise KeyboardInterrupt\n"
+    for code, status in ((pipe, 0), (interrupt, 130)):
+        reader, writer = os.pipe()
+        os.close(reader)                                           # `| head -0`
+        done = subprocess.run([sys.executable, "-c", code + "run_command(main)"], stdout=writer,
+                              stderr=subprocess.PIPE, cwd=Path(__file__).parent.parent)
+        os.close(writer)
+        assert (done.returncode, done.stderr) == (status, b"")
 
 def test_shares_and_gains_as_text():
     assert percent(0.1234) == "12.3 %" and percent(1, 8) == "12.5 %"

@@ -138,8 +138,8 @@ def made_up_row(name, letters, accuracy=0.5):
             "graded": dict.fromkeys(("test", *TESTBEDS), letters)}
 
 AUDIT = {"greedy": "0 1", "best_of_16": "0 0", "likeliest_of_16": "0 0",
-         "weighted_vote_of_16": "0 0", "majority_of_16": "1 1", "unsound_all": "0.5 -", "unsound_top_2": "0.25 -",
-         "steps_all": "4 -", "steps_top_2": "3 -"}
+         "weighted_vote_of_16": "0 0", "majority_of_16": "1 1", "unsound_all": "0.5 -",
+         "unsound_top_2": "0.25 -", "steps_all": "4 -", "steps_top_2": "3 -"}
 
 def effects_if(name, best, size="medium"):
     """{(words, effect): mean} of the claims of a table in which the arm `best` of one size is
