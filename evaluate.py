@@ -147,6 +147,17 @@ def unique_correct(questions, texts):
         unique += [(i, text) for text in dict.fromkeys(correct)]   # the order of the responses
     return unique, outcomes
 
+def describe_round(questions, answered, num_labeled, outcomes, correct, kept):
+    """What an iteration was trained on, in the words of metrics.jsonl. answered: the questions with
+    the answers that were gone by, pseudo answers among them."""
+    unlabeled = list(zip(answered, questions))[num_labeled:]       # (voted, true)
+    true_answers = sum(voted.answer == question.answer for voted, question in unlabeled)
+    return {"num_questions": len(questions), "num_responses": outcomes.total(),
+            "num_correct": outcomes["correct"], "num_unique_correct": len(correct),
+            "num_kept": len(kept), "unsound_correct": share_unsound(questions, correct),
+            "unsound_kept": share_unsound(questions, kept), "num_unlabeled": len(unlabeled),
+            "pseudo_answers_true": true_answers / len(unlabeled) if unlabeled else None}
+
 # ---------------------------------------------------------------- exploration
 
 class Look(NamedTuple):

@@ -410,6 +410,11 @@ def load_network(path, tokenizer, device="cpu", kind=Policy):
     load(path, network)
     return network.to(device)
 
+def available_devices():
+    """Devices of this machine, the best first."""
+    cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
+    return ["cuda"] * cuda + ["mps"] * mps + ["cpu"]
+
 # ---------------------------------------------------------------- training, used by every stage
 
 def seed_for(seed, *purpose):

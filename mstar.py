@@ -26,7 +26,6 @@ import signal
 import sys
 import time
 import zlib
-from collections import Counter
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from itertools import chain, count, islice
@@ -39,13 +38,13 @@ import numpy as np
 import torch
 
 from data import TESTBEDS, Tokenizer, build_world
-from evaluate import (as_text, auc, best_temperature, evaluate_policy, explore, find_answer,
+from evaluate import (as_text, auc, best_temperature, describe_round, evaluate_policy, explore,
                       interval, make_prompts, means, one_line_errors, pass_metrics, percent,
                       run_command, sample_texts, share_unsound, unique_correct)
-from model import (Example, Optimizer, Policy, Sampling, adamw, batches, fit, load,
-                   load_network, read_json, save, seed_for, write_json, write_whole)
-from prm import (RewardModel, StepLabels, audit, label_steps, random_k, response_rewards, top_k,
-                 train_prm, weighted_vote)
+from model import (Example, Optimizer, Policy, Sampling, adamw, available_devices, batches, fit,
+                   load, load_network, read_json, save, seed_for, write_json, write_whole)
+from prm import (RewardModel, StepLabels, audit, label_steps, pseudo_answered, random_k,
+                 response_rewards, top_k, train_prm)
 from results.report import (announce, make_report, print_line, print_report, write_page,
                             write_samples)
 from weights.base import RECIPES, train_base
@@ -211,7 +210,9 @@ def self_evolve(cfg, pi_0, prm, world, run):
         how = Sampling(cfg.rollouts_per_question, temperature, cfg.max_new_tokens,
                        seed_for(cfg.seed, "generate", iteration))
         texts, _ = sample_texts(policy, prompts, how, f"{cfg.method} {iteration}: responses")
-        answered = pseudo_answered(cfg, prm, questions, num_labeled, prompts, texts)   # Table 3
+        answered = questions
+        if cfg.unlabeled == "vote":                                # Table 3
+            answered = pseudo_answered(prm, questions, num_labeled, prompts, texts)
 
         # 2. Reward: R = H(1(a == a*) R_p): correct, no text twice, the best by their weakest step
         correct, outcomes = unique_correct(answered, texts)
@@ -270,19 +271,6 @@ def questions_for_iteration(cfg, world, iteration):
     unlabeled_before = n // 2 * max(0, joined - 1)
     labeled = part("labeled", (iteration - 1) * n - unlabeled_before, n - num_unlabeled)
     return labeled + part("unlabeled", unlabeled_before, num_unlabeled), len(labeled)
-
-def pseudo_answered(cfg, prm, questions, num_labeled, prompts, texts):
-    """The questions, the unlabeled ones with the answer that their responses vote for (the paper's
-    pseudo answers), or, by `--unlabeled true_answers`, with the true ones."""
-    if num_labeled == len(questions) or cfg.unlabeled == "true_answers":
-        return questions                                           # nothing is hidden
-    answered, texts = questions[:num_labeled], texts[num_labeled:]
-    tokens = [list(map(prm.tokenizer.response, group)) for group in texts]
-    rewards = response_rewards(prm, prompts[num_labeled:], tokens)                     # R_p
-    for question, group, weights in zip(questions[num_labeled:], texts, rewards):
-        vote = weighted_vote(list(map(find_answer, group)), weights)  # the pseudo answer
-        answered.append(replace(question, answer=-1 if vote is None else vote))        # -1: none is
-    return answered
 
 # ---------------------------------------------------------------- 2. reward
 
@@ -375,17 +363,6 @@ def choose_temperature(cfg, policy, prm, world, current):
                     "gain": [float(gain.mean()), *interval(gain)],
                     "surface": {str(t): means(passes) for t, passes in looks.items()}}
 
-def describe_round(questions, answered, num_labeled, outcomes, correct, kept):
-    """What an iteration was trained on, in the words of metrics.jsonl. answered: the questions with
-    the answers that were gone by, pseudo answers among them."""
-    unlabeled = list(zip(answered, questions))[num_labeled:]       # (voted, true)
-    true_answers = sum(voted.answer == question.answer for voted, question in unlabeled)
-    return {"num_questions": len(questions), "num_responses": outcomes.total(),
-            "num_correct": outcomes["correct"], "num_unique_correct": len(correct),
-            "num_kept": len(kept), "unsound_correct": share_unsound(questions, correct),
-            "unsound_kept": share_unsound(questions, kept), "num_unlabeled": len(unlabeled),
-            "pseudo_answers_true": true_answers / len(unlabeled) if unlabeled else None}
-
 # ---------------------------------------------------------------- the stages before it
 
 def stage_warmup(cfg, base, world):
@@ -407,17 +384,6 @@ def stage_warmup(cfg, base, world):
     prompts = make_prompts(pi_0, questions)                        # without the answer
     trained = sft(cfg, pi_0, optimizer, prompts, kept, cfg.warmup_updates, "warm-up: SFT")
     return pi_0, {"kept": len(kept), "unsound": unsound, **trained}
-
-def stage_labels(cfg, pi_0, world):
-    """Label steps of pi_0's responses by Monte-Carlo rollouts, for the PRM: {labels}."""
-    how = Sampling(cfg.prm_responses, 1.0, cfg.max_new_tokens, seed_for(cfg.seed, "labels"))
-    rollouts = Sampling(cfg.prm_rollouts, cfg.prm_temperature, cfg.max_new_tokens, how.seed + 1)
-    labels = label_steps(pi_0, prm_split(cfg, world), how, rollouts)
-    return {"labels": [label._asdict() for label in labels]}
-
-def prm_split(cfg, world):
-    """The questions for step labels: pi_0 was not warmed up on them."""
-    return world["labeled"][cfg.warmup_questions:][:cfg.prm_questions]
 
 def direct_sft(cfg, base, world, run):
     """The paper's "SFT" row: the base trained on the labeled answers, without reasoning, for as
@@ -541,8 +507,10 @@ def run_stages(cfg, out, command, program="mstar"):
         rows.append(run.result("checkpoint/test of pi_0", evaluate_policy, ROW_NAMES["pi_0"], pi_0,
                                world, T))
     if any(arm.needs_prm for arm in evolved):
-        labels = run.result("labels", stage_labels, cfg, pi_0, world)["labels"]
-        labels, asked = [StepLabels(**label) for label in labels], prm_split(cfg, world)
+        # labeled questions that pi_0 was not warmed up on
+        asked = world["labeled"][cfg.warmup_questions:][:cfg.prm_questions]
+        labels = run.result("labels", label_steps, cfg, pi_0, asked)["labels"]
+        labels = [StepLabels(**label) for label in labels]
         prm = run.network("prm", RewardModel, train_prm, cfg, pi_0, asked, labels)
         run.result("audit", audit, pi_0, prm, labels, asked, world["test"], T)
     for arm in evolved:
@@ -604,11 +572,6 @@ def fail(message):
     """Exit 2 with one line."""
     print(f"mstar.py: {message}; see --help", file=sys.stderr)
     sys.exit(2)
-
-def available_devices():
-    """Devices of this machine, the best first."""
-    cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
-    return ["cuda"] * cuda + ["mps"] * mps + ["cpu"]
 
 def parse(argv):
     """Flags to (Config, folder to resume or None). Exits 2 on wrong use."""

@@ -16,10 +16,10 @@ import argparse
 import math
 import random
 import signal
-import sys
 import time
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -51,13 +51,16 @@ class StepLabels(NamedTuple):
         """Math-Shepherd's soft estimate: the share of rollouts that were correct, one per step."""
         return [correct / self.rollouts for correct in self.correct]
 
-def label_steps(policy, questions, how, rollouts):
-    """Monte-Carlo step labels: sample responses to each question as `how` (Sampling) says, correct
-    or wrong, and label the different ones by `rollouts` (Sampling): a StepLabels for each."""
-    prompts = make_prompts(policy, questions)                      # one per question
-    _, responses = sample_texts(policy, prompts, how, "step labels: responses")
+def label_steps(cfg, pi_0, questions):
+    """Monte-Carlo step labels: sample responses to each question at temperature 1, correct or
+    wrong, and label the different ones: {labels: a StepLabels, as a dict, for each}."""
+    how = Sampling(cfg.prm_responses, 1.0, cfg.max_new_tokens, seed_for(cfg.seed, "labels"))
+    rollouts = Sampling(cfg.prm_rollouts, cfg.prm_temperature, cfg.max_new_tokens, how.seed + 1)
+    prompts = make_prompts(pi_0, questions)                        # one per question
+    _, responses = sample_texts(pi_0, prompts, how, "step labels: responses")
     different = [list(dict.fromkeys(map(tuple, group))) for group in tokens_of(responses)]
-    return label_responses(policy, questions, prompts, different, rollouts)
+    labels = label_responses(pi_0, questions, prompts, different, rollouts)
+    return {"labels": [label._asdict() for label in labels]}
 
 def label_responses(policy, questions, prompts, responses, how):
     """Label the steps of given responses, a list of token tuples per question: complete every
@@ -241,6 +244,17 @@ def weighted_vote(answers, weights):
     # rounded: three votes of 0.1 tie with one of 0.3, in any order
     total = {answer: round(math.fsum(weights), 9) for answer, weights in votes.items()}
     return max(sorted(total), key=total.get, default=None)
+
+def pseudo_answered(prm, questions, num_labeled, prompts, texts):
+    """The questions, those behind the first `num_labeled` with the answer that their responses vote
+    for (the paper's pseudo answers). prompts (Q), texts [Q][L]."""
+    answered, texts = questions[:num_labeled], texts[num_labeled:]
+    tokens = [list(map(prm.tokenizer.response, group)) for group in texts]
+    rewards = response_rewards(prm, prompts[num_labeled:], tokens)                     # R_p
+    for question, group, weights in zip(questions[num_labeled:], texts, rewards):
+        vote = weighted_vote(list(map(find_answer, group)), weights)  # the pseudo answer
+        answered.append(replace(question, answer=-1 if vote is None else vote))        # -1: none is
+    return answered
 
 # ---------------------------------------------------------------- the comparison with the oracle
 

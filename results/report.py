@@ -10,10 +10,8 @@ import io
 import json
 import math
 import platform
-import random
 import signal
 import sys
-import time
 from collections import Counter
 from dataclasses import asdict
 from html import escape
@@ -26,11 +24,10 @@ import numpy as np
 import torch
 from PIL import Image
 
-from data import TASKS, TESTBEDS, build_world, oracle, render, write_reasoning
+from data import TASKS, TESTBEDS, build_world, oracle, render, sound
 from evaluate import (COLUMNS, columns_of, format_table, grade, make_prompts, one_line_errors,
                       paired_gain, percent, points, run_command, sample_texts, tokens_of)
-from model import (WORKERS, Example, Optimizer, Sampling, adamw, batches, fit, read_json, sample,
-                   seed_for, write_json, write_whole)
+from model import WORKERS, Sampling, read_json, seed_for, write_json, write_whole
 from prm import label_responses, score
 
 FOLDER = Path(__file__).parent
@@ -128,7 +125,7 @@ def write_samples(cfg, run, select, policy, pi_0, prm, world, temperature, itera
                 "text": text, "grade": grades[i][l], "selected": first and (i, text) in selected,
                 "truncated": not responses[i][l].complete, "scores": scores and scores[i][l],
                 "labels": labels.get((i, tuple(responses[i][l].tokens))),
-                "oracle": oracle(question, text)})
+                "oracle": oracle(question, text), "sound": sound(question, text)})
     (run.out / "samples").mkdir(exist_ok=True)
     write_json(run.out / "samples" / f"{iteration}.json",
                {"iteration": iteration, "temperature": temperature, "questions": shown})
@@ -315,7 +312,7 @@ def html_samples(rounds, config):
 def html_response(r, times):
     """One response of the sample browser, which came so many times."""
     outcome = [r["grade"]] + ["selected"] * r["selected"] + ["truncated"] * r["truncated"]
-    if r["grade"] == "correct" and not all(r["oracle"]):
+    if r["grade"] == "correct" and not r["sound"]:
         outcome.append("unsound")
     steps = ""
     number = len(r["scores"] or r["oracle"])                       # an empty last line is no step

@@ -11,8 +11,9 @@ import torch
 
 import evaluate
 import mstar
+import prm as prm_module
 from data import Tokenizer
-from evaluate import grade, unique_correct
+from evaluate import describe_round, grade, unique_correct
 from model import Example, ModelConfig, Optimizer, Policy, adamw, collate
 from mstar import METHODS, PRESETS, Config, Run, parse
 from prm import RewardModel
@@ -133,18 +134,16 @@ def test_pseudo_answers_are_votes_weighted_by_the_lowest_step(world, tokenizer, 
     def known(prm, prompts, tokens):
         return [[rewards[tokenizer.decode(t)] for t in group] for group in tokens]
 
-    monkeypatch.setattr(mstar, "response_rewards", known)
+    monkeypatch.setattr(prm_module, "response_rewards", known)
     prm = SimpleNamespace(tokenizer=tokenizer)
     questions = world["labeled"][:1] + world["unlabeled"][:2]
     texts = [["answer: 5"] * 3, ["1 + 4 = 5\nanswer: 5", "5\nanswer: 5", "answer: 7"],
              ["red", "red", "7"]]
-    voted = mstar.pseudo_answered(Config(unlabeled="vote"), prm, questions, 1, [None] * 3, texts)
+    voted = prm_module.pseudo_answered(prm, questions, 1, [None] * 3, texts)
     assert [q.answer for q in voted] == [questions[0].answer, 7, -1]
     assert [q.text for q in voted] == [q.text for q in questions]
     assert unique_correct(voted, [[], ["answer: 7", "answer: 5"], ["red", "answer: 1"]])[0] == \
         [(1, "answer: 7")]
-    cfg = Config(unlabeled="true_answers")
-    assert mstar.pseudo_answered(cfg, prm, questions, 1, [None] * 3, texts) == questions
 
 
 # ---------------------------------------------------------------- the loop
@@ -352,7 +351,7 @@ def test_a_round_is_described_by_what_was_done(world):
     answered = questions[:2] + [questions[2], replace(questions[3], answer=-1)]
     outcomes = Counter(correct=3, wrong=4, unparseable=1)
     kept = [(0, "red is 3\nanswer: 7")]
-    counts = mstar.describe_round(questions, answered, 2, outcomes, kept * 2, kept)
+    counts = describe_round(questions, answered, 2, outcomes, kept * 2, kept)
     assert counts == {"num_questions": 4, "num_responses": 8, "num_correct": 3,
                       "num_unique_correct": 2, "num_kept": 1, "unsound_correct": 1.0,
                       "unsound_kept": 1.0, "num_unlabeled": 2, "pseudo_answers_true": 0.5}

@@ -11,7 +11,7 @@ import prm
 from data import Tokenizer, build_world, oracle, write_reasoning
 from evaluate import answer_greedily, make_prompts, tokens_of
 from model import (Example, Response, Sampling, collate, fit, load_network, read_json, sample, save,
-                   write_json)
+                   seed_for, write_json)
 from prm import (RewardModel, StepLabels, label_responses, label_steps, random_k, response_rewards,
                  score, top_k, train_prm, weighted_vote)
 
@@ -44,7 +44,9 @@ def test_labels_count_the_correct_completions(policy, world, monkeypatch):
     """A sampler with known completions: of the 3 rollouts from prefix j of question i, (i + j) % 4
     are correct."""
     questions = world["test"][:4]
-    how, rollouts = Sampling(2, 1.0, 72, seed=0), Sampling(3, 0.5, 72, seed=1)
+    cfg = mstar.Config(prm_responses=2, prm_rollouts=3, prm_temperature=0.5, max_new_tokens=72)
+    seed = seed_for(0, "labels")
+    how, rollouts = Sampling(2, 1.0, 72, seed), Sampling(3, 0.5, 72, seed + 1)
 
     def fake(policy, prompts, given, title, prefixes=None):
         assert given == (how if prefixes is None else rollouts) and len(prompts) == 4
@@ -63,7 +65,8 @@ def test_labels_count_the_correct_completions(policy, world, monkeypatch):
         return texts, responses_of(texts)
 
     monkeypatch.setattr(prm, "sample_texts", fake)
-    labels = label_steps(policy, questions, how, rollouts)
+    labels = label_steps(cfg, policy, questions)["labels"]
+    labels = [StepLabels(**label) for label in labels]
     assert len(labels) == 4                                        # equal ones are labeled once
     for i, label in enumerate(labels):
         steps = TOKENIZER.decode(label.tokens).count("\n") + 1

@@ -90,6 +90,7 @@ def run_folder(tmp_path, world, monkeypatch):
 
 def response(text, grade, scores, labels, oracle, selected=False, truncated=False):
     return {"text": text, "grade": grade, "scores": scores, "labels": labels, "oracle": oracle,
+            "sound": all(oracle),
             "selected": selected, "truncated": truncated}
 
 def write_samples_of(folder, iteration, responses):
