@@ -256,8 +256,8 @@ class Policy(nn.Module):
         return (self.vision.side // self.vision.shuffle) ** 2
 
     def precision(self):
-        """bf16 arithmetic on a GPU; fp32 elsewhere, where bf16 would not be faster."""
-        if self.device.type == "cuda":
+        """bf16 arithmetic on a GPU that has it; fp32 elsewhere, where it would not be faster."""
+        if self.device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
             return torch.autocast("cuda", torch.bfloat16)
         return nullcontext()
 

@@ -110,6 +110,15 @@ def test_all_questions_are_asked_before_any_again():
     assert all(sorted(one) == list(range(7)) for one in rounds) and rounds[0] != rounds[1]
 
 
+def test_only_the_last_questions_are_asked_if_so_wished():
+    cfg = Config(labeled=8, evolve_questions=4, interval=0.5, epochs=3)
+    assert cfg.questions_per_iteration == 2 and cfg.iterations == 6
+    world, asked = {"labeled": list(range(8)), "unlabeled": []}, []
+    for iteration in range(1, 7):
+        asked += mstar.questions_for_iteration(cfg, world, iteration)[0]
+    assert sorted(asked) == sorted([4, 5, 6, 7] * 3) and sorted(asked[:4]) == [4, 5, 6, 7]
+
+
 @pytest.mark.parametrize("mix_in, first", [(0.0, 1), (0.25, 3), (0.5, 5), (0.75, 7)])
 def test_unlabeled_questions_join_as_half_of_the_questions(mix_in, first):
     """Eight iterations of six out of 24: never more than six, none twice before all have come, the

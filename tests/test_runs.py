@@ -69,6 +69,25 @@ def test_samples_show_fixed_questions_with_a_verdict_per_step(two_runs):
                 assert not response["selected"] or response["grade"] == "correct"
 
 
+def test_the_prm_learns_from_questions_that_pi_0_was_not_warmed_up_on(tmp_path, monkeypatch):
+    """Else its metrics on held-out questions would be on questions that pi_0 knows."""
+    seen, real = {}, (mstar.make_prompts, mstar.train_prm)
+
+    def warm_up(policy, questions, **more):
+        seen.setdefault("warm-up", {question.id for question in questions})
+        return real[0](policy, questions, **more)
+
+    def train(cfg, pi_0, questions, labels):
+        seen["PRM"] = {question.id for question in questions}
+        return real[1](cfg, pi_0, questions, labels)
+
+    monkeypatch.setattr(mstar, "make_prompts", warm_up)
+    monkeypatch.setattr(mstar, "train_prm", train)
+    mstar.main([*SMALL, "--out", str(tmp_path)])
+    assert len(seen["warm-up"]) == 10 and len(seen["PRM"]) == 20
+    assert not seen["warm-up"] & seen["PRM"]
+
+
 def test_same_seed_same_rows_and_bytes(two_runs):
     a, b = (torture.result(folder) for folder in two_runs[0])
     assert a == b
