@@ -313,12 +313,12 @@ IN_DOMAIN = (
         "what do {n} of each {a} and {b} cost?",
         "you buy {n} of each {a} and {b}. how much do you pay?",
         "find the cost of one {a} and one {b}, {n} times.",
-        "how much do you pay for {n} of each {a} and {b}?")),
+        "how much are {n} {as} together with {n} {bs}?")),
     Template("MWP", "buy_difference", shop, DIFFERENCE_SCALED, {"n": range(3, 10)}, (
         "how much more do {n} {as} cost than {n} {bs}?",
         "take the cost of {n} {bs} away from {n} {as}.",
         "find how much more you pay for {n} {as} than for {n} {bs}.",
-        "what is the cost of {n} {as} minus the cost of {n} {bs}?")),
+        "you have {n} {as} and take {n} {bs} away. what is the cost?")),
     Template("TQA", "row_total", partial(table, pick="row"), SUM_OF_THREE, {}, (
         "what is the total of the {r} row?", "add the numbers in the {r} row.",
         "how much is the {r} row together?",
