@@ -5,9 +5,12 @@ responses are worth training on.
 Paper (arXiv 2412.17451v3): the reward R = H(1(a == a*) R_p), R_p = min over steps of f(step), with
     H = Top-K (section on the reward model); step labels from Monte-Carlo rollouts (Math-Shepherd,
     arXiv 2312.08935); weighted voting (section on prompts).
-Read:     label_steps -> train_prm -> score -> top_k, weighted_vote -> audit   (top-down)
-Departs:  pi_0 is fixed, and a network on top of it is trained (see RewardModel). Rollouts per step
-          and their temperature are not published: see mstar.Config.
+Read:     label_steps -> train_prm -> read -> top_k, weighted_vote -> audit   (top-down)
+Departs:  pi_0 is fixed, and a network on top of it is trained (see RewardModel). R_p is not the
+          paper's minimum alone (see reward_of): on 600 validation questions of each of three pi_0,
+          the minimum alone did not re-rank as well as plain likelihood does, and with likelihood
+          it re-ranks and verifies better than either. Rollouts per step and their temperature are
+          not published: see mstar.Config.
 Run:      python prm.py runs/NAME      (hold the PRM of a run against the oracle)
 
 A step is one line of a response; it ends with its line break, the last one with the end token.
@@ -123,7 +126,7 @@ class RewardModel(nn.Module):
 
     def forward(self, images, prompts, lengths, owner, ids, targets):
         """A batch as `collate` makes it -> (B, T) logits: of the step that ends with each token of
-        the responses, `targets`."""
+        the responses, `targets`; and (B, T) the log-probability of all that is written up to it."""
         with torch.no_grad():
             tokens = targets.clamp(min=0)                          # (B, T), padding is some token
             expected = self.policy.hidden(images, prompts, lengths, owner, ids)        # (B, T, C)
@@ -135,14 +138,25 @@ class RewardModel(nn.Module):
         cos, sin = self.policy.rope(torch.arange(T, device=ids.device)[None])
         for block in self.blocks:
             x, _, _ = block(x, cos, sin, causal(T, ids.device))
-        return self.head(self.norm(x))[..., 0].float() + self.share * so_far
+        return self.head(self.norm(x))[..., 0].float() + self.share * so_far, so_far
 
     def loss(self, images, prompts, lengths, owner, ids, targets, labels):
-        """Binary cross-entropy against soft labels (B, T), -1 where no step ends. Its sum over
-        steps is divided by the number of tokens, by which `fit` weighs the parts of a batch."""
+        """Binary cross-entropy against soft labels (B, T), -1 where no step ends, and a term for
+        pairs of steps. Their sum is divided by the number of tokens, by which `fit` weighs the
+        parts of a batch.
+
+        How hard a question is decides most of a label, but re-ranking compares responses to one
+        question. So each pair of steps of one question (in one part of a batch) adds the logistic
+        loss of its difference, by how much the labels differ (our choice, on validation)."""
         is_end = labels >= 0
-        logits = self(images, prompts, lengths, owner, ids, targets)[is_end]           # (steps,)
-        total = F.binary_cross_entropy_with_logits(logits, labels[is_end], reduction="sum")
+        logits, _ = self(images, prompts, lengths, owner, ids, targets)
+        logits, soft = logits[is_end], labels[is_end]                                  # (steps,)
+        total = F.binary_cross_entropy_with_logits(logits, soft, reduction="sum")
+        question = owner[:, None].expand_as(labels)[is_end]                            # (steps,)
+        same = question[:, None] == question                       # (steps, steps)
+        better = (soft[:, None] - soft).clamp(min=0) * same        # row over column
+        pairs = F.softplus(logits - logits[:, None]) * better
+        total = total + 2 * (pairs / same.sum(dim=1, keepdim=True)).sum()
         return total / (targets >= 0).sum()
 
 def train_prm(cfg, pi_0, questions, labels):
@@ -177,35 +191,49 @@ def train_prm(cfg, pi_0, questions, labels):
     return prm, {"steps": len(good), "good": float(np.mean(good)), "auc": auc(good, scores),
                  "loss": loss}
 
-def score(prm, prompts, responses, rows=128):
-    """f(s_i), scores of every step: prompts (Q), responses [Q][L] of token lists -> [Q][L] of lists
-    of floats in (0, 1), one per step. Equal responses to a question are computed once, `rows` of
-    them at a time."""
+def read(prm, prompts, responses, rows=128):
+    """What the PRM makes of responses: prompts (Q), responses [Q][L] of token lists -> [Q][L] of
+    (logits, one per step; log-probability of the whole response under pi_0). Equal responses to a
+    question are computed once, `rows` of them at a time."""
     different = {(q, tuple(tokens)) for q, group in enumerate(responses) for tokens in group}
     different = sorted(different, key=lambda pair: (len(pair[1]), *pair))  # less padding
     parts = [different[start:start + rows] for start in range(0, len(different), rows)]
 
     @torch.no_grad()
-    def score_part(part):                                          # (B, T)
+    def read_part(part):                                           # (B, T) each
         batch = collate([Example(*prompts[q], tokens) for q, tokens in part])
         with prm.precision():
-            return prm(*(tensor.to(prm.device) for tensor in batch)).sigmoid().cpu()
+            return [found.cpu() for found in prm(*(tensor.to(prm.device) for tensor in batch))]
 
-    scores = {}
+    found = {}
     with ThreadPoolExecutor(WORKERS if prm.device.type == "cpu" else 1) as pool:
-        for part, probabilities in zip(parts, pool.map(score_part, parts)):
-            for (q, tokens), row in zip(part, probabilities):
-                scores[q, tokens] = row[prm.tokenizer.step_ends(tokens)].tolist()
-    return [[scores[q, tuple(tokens)] for tokens in group] for q, group in enumerate(responses)]
+        for part, (logits, so_far) in zip(parts, pool.map(read_part, parts)):
+            for (q, tokens), line, log_probs in zip(part, logits, so_far):
+                of_steps = line[prm.tokenizer.step_ends(tokens)].tolist()
+                found[q, tokens] = of_steps, log_probs[len(tokens) - 1].item()
+    return [[found[q, tuple(tokens)] for tokens in group] for q, group in enumerate(responses)]
+
+def score(prm, prompts, responses):
+    """f(s_i), scores of every step: [Q][L] of token lists -> [Q][L] of lists of floats in (0, 1),
+    one per step."""
+    scores = []
+    for group in read(prm, prompts, responses):
+        scores.append([list(map(sigmoid, logits)) for logits, _ in group])
+    return scores
 
 def response_rewards(prm, prompts, responses):
-    """R_p of responses: [Q][L] of token lists -> [Q][L] of floats."""
-    return [list(map(reward_of, group)) for group in score(prm, prompts, responses)]
+    """R_p of responses: [Q][L] of token lists -> [Q][L] of floats in (0, 1)."""
+    return [[reward_of(*one) for one in group] for group in read(prm, prompts, responses)]
 
-def reward_of(steps):
-    """R_p(y) = min over steps of f(s_i): a response is as good as its weakest step (the paper's
-    equation for R_p)."""
-    return min(steps)
+def reward_of(logits, log_prob):
+    """R_p(y). The paper: min over steps of f(s_i), a response is as good as its weakest step. Here
+    log pi_0(y) is added to the logit of that step (our choice, see the head of this file)."""
+    return sigmoid(min(logits) + log_prob)
+
+def sigmoid(logit):
+    """1 / (1 + exp(-logit)), without overflow."""
+    odds = math.exp(min(logit, 700.0))
+    return odds / (1 + odds)
 
 # ---------------------------------------------------------------- selection and voting
 
@@ -271,18 +299,18 @@ def audit(pi_0, prm, labels, labeled, questions, max_new_tokens, n=16):
     prompts = make_prompts(pi_0, questions)
     how = Sampling(n, 1.0, max_new_tokens, seed=0)                 # seed 0: the same for all runs
     texts, responses = sample_texts(pi_0, prompts, how, "audit: responses")
-    scores = score(prm, prompts, tokens_of(responses))
+    found = read(prm, prompts, tokens_of(responses))
     numbers, true_steps, step_scores = defaultdict(list), [], []
-    for question, group, sampled, steps in zip(questions, texts, responses, scores):
-        rewards = list(map(reward_of, steps))
+    for question, group, sampled, of_group in zip(questions, texts, responses, found):
+        rewards = [reward_of(*one) for one in of_group]
         likely = [sum(response.log_probs) for response in sampled]  # of whole responses
         for name, is_correct in verify(question, group, rewards, likely).items():
             numbers[name].append(is_correct)
         for name, number in compare_top_2(question, group, rewards, likely).items():
             numbers[name].append(number)
-        for text, of_steps in zip(group, steps):
-            step_scores += of_steps                                # a cut text may end in a break
-            true_steps += oracle(question, text)[:len(of_steps)]
+        for text, (logits, _) in zip(group, of_group):
+            step_scores += logits                                  # a cut text may end in a break
+            true_steps += oracle(question, text)[:len(logits)]
     _, greedy = answer_greedily(pi_0, questions, max_new_tokens, "audit: greedy")
     numbers["greedy"] = [outcome == "correct" for outcome in greedy]
     mean = {}
