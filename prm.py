@@ -353,11 +353,10 @@ def compare_top_2(question, texts, rewards, likely):
         keys = [(0, text) for text in place]
         if values:
             keys = top_k(keys, [values[i] for i in place.values()], 2)
-        unsound, steps = None, None
-        if keys:
-            unsound = float(np.mean([not is_sound[text] for _, text in keys]))
-            steps = float(np.mean([text.count("\n") + 1 for _, text in keys]))
-        numbers |= {f"unsound_{way}": unsound, f"steps_{way}": steps}
+        unsound = [not is_sound[text] for _, text in keys]
+        steps = [text.count("\n") + 1 for _, text in keys]
+        numbers |= {f"unsound_{way}": float(np.mean(unsound)) if keys else None,
+                    f"steps_{way}": float(np.mean(steps)) if keys else None}
     return numbers
 
 def main(argv=None):

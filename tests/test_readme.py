@@ -1,4 +1,4 @@
-"""README.md and results/README.md show what the runs in results/ measured, and nothing else; what
+"""README.md and those of results/ show what the runs in results/ measured, and nothing else; what
 they point to is there."""
 import re
 from pathlib import Path
@@ -6,15 +6,17 @@ from statistics import mean
 
 import pytest
 
+from evaluate import columns_of
 from model import read_json
 from results.tables import format_table
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "results"
-RUNS = sorted(RESULTS.glob("cpu-*.json"))
+BEFORE = RESULTS / "before"
+RUNS = sorted((*RESULTS.glob("cpu-*.json"), *BEFORE.glob("cpu-*.json")))
 TABLES = [path for path in RUNS if re.fullmatch(r"cpu-(table\d|dynamics)", path.stem)]
 REPORTS = [read_json(path) for path in sorted(RESULTS.glob("cpu-mstar-seed?.json"))]
-READMES = (ROOT / "README.md", RESULTS / "README.md")
+READMES = (ROOT / "README.md", RESULTS / "README.md", BEFORE / "README.md")
 MINE, OTHERS = "M-STaR", ("pi_0 (warm-up)", "SFT (direct answers)", "continuous", "+ PRM re-rank")
 
 def points(gain):
@@ -29,39 +31,44 @@ def first_table(text):
 
 # ---------------------------------------------------------------- numbers
 
-@pytest.mark.parametrize("path", RUNS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", RUNS, ids=lambda path: f"{path.parent.name}-{path.stem}")
 def test_a_result_is_whole(path):
     assert read_json(path)                                         # its checksum, too
 
 def test_the_result_table_is_the_mean_of_the_committed_runs():
-    assert [report["seed"] for report in REPORTS] == list(range(3))
-    expected = {}
+    assert [report["seed"] for report in REPORTS] == list(range(len(REPORTS))) and REPORTS
+    expected, detailed = {}, []
     for i, row in enumerate(REPORTS[0]["rows"]):
         same = [report["rows"][i] for report in REPORTS]
         assert {other["name"] for other in same} == {row["name"]}
         in_domain = mean(other["id"]["all"] for other in same)
         out = mean(other["ood"]["all"] for other in same)
         expected[row["name"]] = [f"{100 * in_domain:.1f}", f"{100 * out:.1f}"]
+        columns = [f"{100 * mean(columns_of(other)[column] for other in same):.1f}"
+                   for column in columns_of(row)]
+        unsound = f"{100 * mean(other['unsound'] for other in same):.1f}"
+        detailed.append(f"| {' | '.join([row['name'], *columns, unsound])} |")
     assert set(expected) == {"base", MINE, *OTHERS}
     assert first_table(READMES[0].read_text()) == expected
-
-def test_gains_over_all_seeds_are_those_of_the_comparison():
-    gains = read_json(RESULTS / "cpu-comparison.json")["gain_in_all_runs"]
-    lines = READMES[0].read_text().splitlines()
-    for name in OTHERS:
-        gain = gains[f"{MINE} over {name}"]
-        assert f"| {MINE} over {name} | {points(gain['id'])} | {points(gain['ood'])} |" in lines
+    assert not set(detailed) - set(READMES[1].read_text().splitlines())
 
 def test_gains_by_seed_are_those_of_the_committed_runs():
-    lines = READMES[1].read_text().splitlines()
-    for name in set(OTHERS) - {"SFT (direct answers)"}:
+    lines = READMES[0].read_text().splitlines()
+    for name in OTHERS:
         cells = [points(report["gain_over"][name][key])
                  for report in REPORTS for key in ("id", "ood")]
         assert f"| {MINE} over {name} | {' | '.join(cells)} |" in lines
 
-@pytest.mark.parametrize("path", TABLES, ids=lambda path: path.stem)
+def test_what_the_base_sees_is_what_was_measured():
+    (row,) = read_json(RESULTS / "cpu-base.json")["rows"]
+    seen = {split: [f"{100 * share:.1f}"] for split, share in row["readings"].items()}
+    text = READMES[1].read_text()
+    assert first_table(text[text.index("## The base"):]) == seen
+
+@pytest.mark.parametrize("path", TABLES, ids=lambda path: f"{path.parent.name}-{path.stem}")
 def test_tables_and_verdicts_are_those_of_the_committed_results(path):
-    lines, text = format_table(read_json(path)).splitlines(), READMES[1].read_text().splitlines()
+    lines = format_table(read_json(path)).splitlines()
+    text = (path.parent / "README.md").read_text().splitlines()
     assert len([line for line in lines if line.startswith("|")]) > 6
     assert not [line for line in lines if line not in text]
 
@@ -76,7 +83,7 @@ def test_the_readme_is_short_and_names_every_module():
     assert len(text.splitlines()) <= 130
     assert not [path.name for path in ROOT.glob("*.py") if path.name not in text]
 
-@pytest.mark.parametrize("readme", READMES, ids=("top", "results"))
+@pytest.mark.parametrize("readme", READMES, ids=("top", "results", "before"))
 def test_links_pictures_and_files_are_there(readme):
     text = readme.read_text()
     links = [link for link in re.findall(r"\]\(([^)\s]+)\)", text) if "://" not in link]
@@ -86,6 +93,6 @@ def test_links_pictures_and_files_are_there(readme):
         file, _, heading = link.partition("#")
         assert (readme.parent / file).exists(), link
         assert file or heading in headings, link
-    named = re.findall(r"results/[\w.*?-]+\.json", text)           # a pattern names at least one
+    named = re.findall(r"results/(?:before/)?[\w.*?-]+\.json", text)   # a pattern names at least one
     named = [name for name in named if "PRESET" not in name]       # of a run to come
     assert named and not [name for name in named if not list(ROOT.glob(name))]
