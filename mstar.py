@@ -8,9 +8,9 @@ Paper (arXiv 2412.17451v3, "Diving into Self-Evolving Training for Multimodal Re
     chooses the sampling temperature by what that model finds (choose_temperature).
 Read:     Config, METHODS -> self_evolve (the paper's algorithm) -> what it calls -> the stages
           before it (warm-up, PRM) -> a run and its folder -> command line
-Departs:  the base is trained here (weights/base.py), the paper has a pretrained LMM; learning rates
-          are larger (there 1e-6, for 8B parameters); training is counted in updates, not epochs.
-          Smaller ones are named where they are made: best_temperature, pass_metrics,
+Departs:  the base is our own, of 0.8 M parameters (weights/base.py), the paper's a pretrained LMM;
+          learning rates are larger (there 1e-6, for 8B); training is counted in updates. Smaller
+          ones are named where they are made: best_temperature, pass_metrics, reward_of,
           questions_for_iteration.
 Run:      python mstar.py [--preset cpu|gpu|test] [--method mstar] [--seed N] [--out runs/NAME] ...
           python mstar.py --resume runs/NAME
