@@ -197,7 +197,7 @@ CURVES = (     # name in metrics.jsonl, title, unit, how to read it (Figures of 
     ("pass_at_k", "Pass@k", "%", "Exploration: one of k responses is correct (3, 4a)."),
     ("reward_pass_at_2", "Reward-Pass@2", "%", "What the PRM can exploit of it (4c, 5)."),
     ("temperature", "Temperature", "T", "Of the responses trained on: where the sweeps put it."),
-    ("unsound", "Unsound", "%", "Unique correct responses with a false step, by the oracle."),
+    ("unsound", "Unsound", "%", "Unique correct responses that do not derive it, by the oracle."),
     ("entropy", "Entropy", "nats per token", "Falls as the policy repeats itself."),
     ("reward_auc", "AUC of R_p", "%", "Does the PRM, fixed since pi_0, still know it?"))
 
