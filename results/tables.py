@@ -301,17 +301,21 @@ def format_table(result):
         groups[arm["size"], arm["arm"]].append(arm)
     columns = {"table4": ("ID", *TASKS, "OOD"), "table5": (*TESTBEDS, "OOD")}
     columns = columns.get(name, ("ID", "OOD"))
+    has_unsound = all("unsound" in arm["row"] for arm in result["arms"])   # not in old results
     theirs = ["average"] if name == "table5" else ["ID", "OOD", *TASKS]
     theirs = theirs[:len(result["arms"][0]["paper"])]
     rows = []
     for (size, _), arms in groups.items():
         ours = [mean_percent(arms, lambda arm: columns_of(arm["row"])[column])
                 for column in columns]
+        if has_unsound:
+            ours.append(mean_percent(arms, lambda arm: arm["row"]["unsound"]))
         rows.append([f"{size}: " * (name == "table5") + arms[0]["words"],
                      *map("{:.1f}".format, ours), *arms[0]["paper"],
                      f"{arms[0]['responses']:,}", f"{arms[0]['updates']:,}"])
     theirs = [f"paper: {column}" for column in theirs]
-    lines = markdown([f"{name}, %", *columns, *theirs, "responses", "updates"], rows)
+    ours = [*columns, *["unsound, of correct"] * has_unsound]
+    lines = markdown([f"{name}, %", *ours, *theirs, "responses", "updates"], rows)
     for arms in groups.values() if name == "dynamics" else ():
         k, rows = arms[0]["iterations"][0]["k"], []
         for same in watched(arms):                                 # one look, of each seed

@@ -93,6 +93,7 @@ def test_links_pictures_and_files_are_there(readme):
         file, _, heading = link.partition("#")
         assert (readme.parent / file).exists(), link
         assert file or heading in headings, link
-    named = re.findall(r"results/(?:before/)?[\w.*?-]+\.json", text)   # a pattern names at least one
+    named = re.findall(r"results/(?:before/)?[\w.*?-]+\.json", text)
     named = [name for name in named if "PRESET" not in name]       # of a run to come
+    # a pattern names at least one file
     assert named and not [name for name in named if not list(ROOT.glob(name))]
