@@ -203,7 +203,8 @@ def read(prm, prompts, responses, rows=128):
     def read_part(part):                                           # (B, T) each
         batch = collate([Example(*prompts[q], tokens) for q, tokens in part])
         with prm.precision():
-            return [found.cpu() for found in prm(*(tensor.to(prm.device) for tensor in batch))]
+            logits, so_far = prm(*(tensor.to(prm.device) for tensor in batch))
+        return logits.cpu(), so_far.cpu()
 
     found = {}
     with ThreadPoolExecutor(WORKERS if prm.device.type == "cpu" else 1) as pool:
@@ -223,7 +224,10 @@ def score(prm, prompts, responses):
 
 def response_rewards(prm, prompts, responses):
     """R_p of responses: [Q][L] of token lists -> [Q][L] of floats in (0, 1)."""
-    return [[reward_of(*one) for one in group] for group in read(prm, prompts, responses)]
+    rewards = []
+    for group in read(prm, prompts, responses):
+        rewards.append([reward_of(*one) for one in group])
+    return rewards
 
 def reward_of(logits, log_prob):
     """R_p(y). The paper: min over steps of f(s_i), a response is as good as its weakest step. Here
