@@ -5,7 +5,6 @@ from collections import Counter
 from dataclasses import fields, replace
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 
