@@ -336,7 +336,9 @@ def one_line_errors(program, advice, *bad_input):
         raise
     except KeyboardInterrupt:                                      # Ctrl-C
         line, status = "stopped", 130
-    except torch.OutOfMemoryError:                                 # a smaller part needs less
+    except (MemoryError, RuntimeError) as error:                   # of a CPU, or of a GPU
+        if isinstance(error, RuntimeError) and "allocate" not in str(error):
+            raise
         line, status = "out of memory: begin again with a smaller --micro_batch", 2
     except FloatingPointError as error:                            # names the update
         line, status = str(error), 1

@@ -631,7 +631,7 @@ def sample_without_cache(policy, prompt, temperature, uniforms):
     every token. uniforms (max_new_tokens,) -> Response."""
     tokens, log_probs, end = [], [], policy.tokenizer.EOS
     while len(tokens) < len(uniforms) and end not in tokens:
-        ids = torch.tensor([prompt.ids + tokens], device=policy.device)
+        ids = torch.tensor([prompt.ids + tokens]).to(policy.device)
         logits = policy(prompt.image[None].to(policy.device), ids)[:, -1].cpu()        # (1, V)
         uniform = uniforms[len(tokens)][None]
         token, log_prob = draw(logits, torch.tensor([float(temperature)]), uniform,
@@ -677,12 +677,13 @@ def sample(policy, prompts, how, prefixes=None, rows=None, progress=None):
 
     def run(batch):                                # tables with one line per response
         n = {q: len(prefixes[q]) for q in batch}
-        return _sample_batch(
-            policy, [prompts[q] for q in batch], [L * n[q] for q in batch],
-            torch.cat([temperature.repeat(n[q]) for q in batch]),                      # (R,)
-            torch.cat([uniforms[q, streams].repeat(n[q], 1) for q in batch]),          # (R, T)
-            torch.cat([forced[q].repeat_interleave(L, dim=0) for q in batch]),         # (R, T)
-            progress)
+        with policy.precision():
+            return _sample_batch(
+                policy, [prompts[q] for q in batch], [L * n[q] for q in batch],
+                torch.cat([temperature.repeat(n[q]) for q in batch]),                  # (R,)
+                torch.cat([uniforms[q, streams].repeat(n[q], 1) for q in batch]),      # (R, T)
+                torch.cat([forced[q].repeat_interleave(L, dim=0) for q in batch]),     # (R, T)
+                progress)
 
     most = 1024 if policy.device.type == "cpu" else 4096
     most = rows or min(most, math.ceil(L * sum(map(len, prefixes)) / 4))
@@ -707,21 +708,20 @@ def _batches_of_questions(prompts, counts, rows):
         size += counts[q]
     return batches
 
-@torch.inference_mode()
+@torch.no_grad()       # not inference_mode: under it, autocast would cast all weights at every step
 def _sample_batch(policy, prompts, counts, temperature, uniforms, forced, progress):
     """The sampler's loop, for N questions with `counts` responses: temperature (R,), uniforms and
     forced (R, T), R = sum(counts) -> list (N) of lists of Response."""
     (R, T), device, end = forced.shape, policy.device, policy.tokenizer.EOS
     temperature, uniforms, forced = (x.to(device) for x in (temperature, uniforms, forced))
     # 1. Prefill: each question once. All its responses begin in one row.
-    with policy.precision():
-        logits, start, prefix = _prefill(policy, prompts)          # (N, V), (N,), (N, G, P, D)
+    logits, start, prefix = _prefill(policy, prompts)              # (N, V), (N,), (N, G, P, D)
     if not logits.isfinite().all():
         raise FloatingPointError("the policy's logits are not finite numbers")
     suffix = [[part.new_empty(R, part.shape[1], T, part.shape[3]) for part in layer]
               for layer in prefix]                                 # the cache: a line for each row
     row = torch.arange(len(counts), device=device).repeat_interleave(
-        torch.tensor(counts, device=device))                       # (live,) each response's row
+        torch.tensor(counts).to(device))                           # (live,) each response's row
     owner = torch.arange(R, device=device)                         # (R,) each row's question
     live = torch.arange(R, device=device)                          # the responses that go on
     history = []                                                   # (live, tokens, log_probs)
@@ -729,11 +729,10 @@ def _sample_batch(policy, prompts, counts, temperature, uniforms, forced, progre
         # 2. Draw: every response for itself, from the logits of its row
         tokens, log_probs = draw(logits[row], temperature[live], uniforms[live, t], forced[live, t])
         history.append((live, tokens, log_probs))
-        goes_on = (tokens != end) & (t + 1 < T)
-        before = len(live)
-        live, row, tokens = live[goes_on], row[goes_on], tokens[goes_on]
+        goes_on = ((tokens != end) & (t + 1 < T)).nonzero()[:, 0]
         if progress:
-            progress(before - len(live))
+            progress(len(live) - len(goes_on))
+        live, row, tokens = live[goes_on], row[goes_on], tokens[goes_on]
         if not len(live):
             break
         # 3. Branch: one row for each different (row, token)
@@ -747,8 +746,7 @@ def _sample_batch(policy, prompts, counts, temperature, uniforms, forced, progre
             owner[:B] = torch.searchsorted(going, owner[:B])       # their new numbers
         # 4. Decode: one forward pass of one token per row
         written = [[part[:B, :, :t + 1] for part in layer] for layer in suffix]
-        with policy.precision():
-            logits = _decode(policy, feed, owner[:B], start, t, prefix, written)       # (B, V)
+        logits = _decode(policy, feed, owner[:B], start, t, prefix, written)           # (B, V)
     return _responses(history, counts, end)
 
 def _branch(row, tokens, owner, suffix, t, vocabulary):
@@ -773,25 +771,24 @@ def _branch(row, tokens, owner, suffix, t, vocabulary):
     stays = is_first & (parent < B)
     free = torch.ones(B, dtype=torch.bool, device=row.device)
     free[parent[stays]] = False
-    to, source = free.nonzero()[:, 0], parent[~stays]              # rows to fill, and from where
+    moves = (~stays).nonzero()[:, 0]
+    to, source = free.nonzero()[:, 0], parent[moves]               # rows to fill, and from where
     for layer in suffix:
         for part in layer:                                         # keys, values (R, G, T, D)
             part[to, :, :t] = part[source, :, :t]
     owner[to] = owner[source]
     target = parent.clone()                                        # (B,) the row of each pair
-    target[~stays] = to
+    target[moves] = to
     feed = torch.empty_like(token).scatter_(0, target, token)
     return target[branch], feed
 
 def _responses(history, counts, end):
     """Put together what was drawn: history [(live, tokens, log_probs)], one entry per step."""
-    live, tokens, log_probs = (torch.cat(parts) for parts in zip(*history))
+    live, tokens, log_probs = (torch.cat(parts).cpu() for parts in zip(*history))      # all at once
     order = live.sort(stable=True).indices                         # by response, steps in order
     sizes = live.bincount(minlength=sum(counts)).tolist()
-    token_lists = tokens[order].cpu().split(sizes)
-    log_prob_lists = log_probs[order].cpu().split(sizes)
     responses = []
-    for tokens, log_probs in zip(token_lists, log_prob_lists):
+    for tokens, log_probs in zip(tokens[order].split(sizes), log_probs[order].split(sizes)):
         tokens = tokens.tolist()
         responses.append(Response(tokens, tokens[-1] == end, log_probs.tolist()))
     remaining = iter(responses)

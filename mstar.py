@@ -76,13 +76,13 @@ class Config:
     recipe: str = setting("cpu", "how a base is made from scratch", choices=tuple(RECIPES))
     # warm-up
     warmup_questions: int = setting(2000, "labeled questions that the base explains, given answers")
-    warmup_rollouts: int = setting(4, "explanations of each")
+    warmup_rollouts: int = setting(4, "explanations of each", most=1000)
     warmup_updates: int = setting(200, "updates on those that are correct")
     warmup_lr: float = setting(5e-4, "learning rate, also of direct SFT", 1e-9)
     # process reward model
     prm_questions: int = setting(4000, "labeled questions behind those, for step labels", 2)
-    prm_responses: int = setting(4, "responses per question")
-    prm_rollouts: int = setting(8, "completions per step")
+    prm_responses: int = setting(4, "responses per question", most=1000)
+    prm_rollouts: int = setting(8, "completions per step", most=1000)
     prm_temperature: float = setting(0.6, "temperature of the completions", 0.01, 100)
     prm_epochs: float = setting(3.0, "passes over the labeled responses", 1e-9)
     prm_lr: float = setting(1e-3, "learning rate of the PRM, decayed", 1e-9)
@@ -108,15 +108,15 @@ class Config:
     sweep_every: int = setting(2, "iterations from sweep to sweep")
     watch_every: int = setting(0, "if above 0: measure every temperature that often", 0)
     epochs: float = setting(2.0, "how often each of them is asked in all", 1e-9)
-    rollouts_per_question: int = setting(8, "L; the paper: 16")
+    rollouts_per_question: int = setting(8, "L; the paper: 16", most=1000)
     evolve_updates: int = setting(2400, "updates of all iterations, equal for every method")
     evolve_lr: float = setting(1e-4, "learning rate, constant as in the paper", 1e-9)
     # everywhere
     batch_size: int = setting(32, "examples per update")
     micro_batch: int = setting(16, "of them at once; fewer need less memory")
     lr_warmup_updates: int = setting(20, "linear start of every schedule")
-    monitor_rollouts: int = setting(16, "n of pass@k on validation")
-    max_new_tokens: int = setting(64, "longest response; true texts have up to 48")
+    monitor_rollouts: int = setting(16, "n of pass@k on validation", most=1000)
+    max_new_tokens: int = setting(64, "longest response; true texts have up to 48", most=1000)
 
     @property
     def splits(self):
@@ -570,7 +570,8 @@ def check_identity(cfg, out, command, program, world, tokenizer):
 
 def fail(message):
     """Exit 2 with one line."""
-    print(f"mstar.py: {message}; see --help", file=sys.stderr)
+    line = " ".join(str(message).split())                          # of one line, whatever was typed
+    print(f"mstar.py: {line}; see --help", file=sys.stderr)
     sys.exit(2)
 
 def parse(argv):
@@ -583,6 +584,8 @@ def parse(argv):
         help = f"{f.metadata['help']} [{f.default}]".replace("%", "%%")
         parser.add_argument(f"--{f.name}", type=type(f.default), help=help, metavar="",
                             choices=f.metadata["choices"])
+    if odd := [flag for flag in argv if flag.endswith("=--")]:     # argparse makes it a list
+        fail(f"{odd[0]}: no value")
     typed = vars(parser.parse_args(argv))                          # only what was typed
     if "resume" in typed:
         folder = Path(typed.pop("resume"))

@@ -392,7 +392,9 @@ def test_a_saved_policy_is_scored_again(policy, tmp_path, capsys):
     (KeyboardInterrupt(), 130, "stopped"),
     (OSError(28, "No space left on device"), 2, "No space left on device"),
     (FileNotFoundError(2, "No such file", "x.json"), 2, "x.json"),
-    (torch.OutOfMemoryError("CUDA out of memory"), 2, "--micro_batch"),
+    (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), 2, "--micro_batch"),
+    (RuntimeError("DefaultCPUAllocator: can't allocate memory"), 2, "--micro_batch"),
+    (MemoryError(), 2, "--micro_batch"),
     (FloatingPointError("the loss of update 3 is not a finite number"), 1, "update 3")])
 def test_what_stops_a_program_from_outside_is_one_line(error, status, words, capsys):
     with pytest.raises(SystemExit) as stop, one_line_errors("prog.py", "what to do"):
@@ -404,6 +406,8 @@ def test_what_stops_a_program_from_outside_is_one_line(error, status, words, cap
 def test_errors_of_the_program_itself_keep_their_traceback(capsys):
     with pytest.raises(KeyError), one_line_errors("prog.py", "what to do", ValueError):
         raise KeyError("a bug")
+    with pytest.raises(RuntimeError), one_line_errors("prog.py", "what to do", ValueError):
+        raise RuntimeError("shapes do not fit")
     with pytest.raises(SystemExit) as stop, one_line_errors("prog.py", "what to do", ValueError):
         raise ValueError("a damaged file")
     assert stop.value.code == 2

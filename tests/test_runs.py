@@ -224,7 +224,7 @@ def test_a_damaged_later_state_does_not_cost_the_new_one(policy, tokenizer, tmp_
 
 def test_running_out_of_memory_names_the_flag(tmp_path, monkeypatch, capsys):
     def full(*rest):
-        raise torch.OutOfMemoryError("CUDA out of memory")
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
 
     monkeypatch.setattr(model, "backward", full)
     monkeypatch.setattr(mstar, "announce", lambda *a: None)
