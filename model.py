@@ -32,7 +32,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load as tensors_of_bytes
 from safetensors.torch import save as bytes_of_tensors
-from torch import nn
+from torch import distributed, nn
 from tqdm import tqdm
 
 # On a CPU, work is cut into parts for Python threads with one torch thread each. Threads *inside* a
@@ -320,11 +320,71 @@ class Policy(nn.Module):
         hidden = self.hidden(images, prompts, lengths, owner, ids)[is_response]        # (tokens, C)
         return F.cross_entropy(self.logits(hidden), targets[is_response])
 
+# ---------------------------------------------------------------- several GPUs: skip at first
+
+# `torchrun --nproc-per-node N mstar.py` starts N processes, one per GPU, all with the same program
+# and random numbers. Each takes every N-th part of sampling, scoring and of a batch, and they
+# exchange what came out. So each knows everything, and the first one alone writes files.
+RANK, PROCESSES = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+def join_processes():
+    """Connect the processes that torchrun has started; nothing without it."""
+    if PROCESSES > 1:
+        gpu = torch.cuda.is_available()
+        if gpu:
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))   # what "cuda" means from here
+        distributed.init_process_group("nccl" if gpu else "gloo")
+        if RANK:                                                   # the first one speaks for all
+            sys.stdout = open(os.devnull, "w")
+
+def wait_for_all():
+    """No process goes on before all are here."""
+    if PROCESSES > 1:
+        distributed.barrier()
+
+def from_first(value):
+    """What the first process has."""
+    values = [value]
+    if PROCESSES > 1:
+        distributed.broadcast_object_list(values)
+    return values[0]
+
+def my_part(things):
+    """Those of a list that this process works on."""
+    return things[RANK::PROCESSES]
+
+def of_all(mine):
+    """The results for a whole list, in order, from each process's results for its own part."""
+    if PROCESSES == 1:
+        return mine
+    lists = [None] * PROCESSES
+    distributed.all_gather_object(lists, mine)
+    results = [None] * sum(map(len, lists))
+    for rank, of_rank in enumerate(lists):
+        results[rank::PROCESSES] = of_rank
+    return results
+
+def add_up(parameters, loss):
+    """Make every gradient the sum of all processes'; returns the sum of their losses."""
+    if PROCESSES == 1:
+        return loss
+    tensors = [torch.tensor([loss]).to(parameters[0])]
+    for parameter in parameters:                                   # None: it had no part to do
+        tensors.append(torch.zeros_like(parameter) if parameter.grad is None else parameter.grad)
+    flat = nn.utils.parameters_to_vector(tensors)
+    distributed.all_reduce(flat)
+    nn.utils.vector_to_parameters(flat, tensors)
+    for parameter, gradient in zip(parameters, tensors[1:]):
+        parameter.grad = gradient
+    return tensors[0].item()
+
 # ---------------------------------------------------------------- files: whole or not at all
 
 def write_whole(path, data):
     """Write bytes beside `path`, down to the disk, and rename them into place: whatever stops the
     program, `path` is the old file or the new one. OSError as of open()."""
+    if RANK:                                                       # the first process writes
+        return wait_for_all()
     part = Path(f"{path}.part")
     try:
         with open(part, "wb") as file:
@@ -335,6 +395,7 @@ def write_whole(path, data):
     except OSError:
         part.unlink(missing_ok=True)
         raise
+    wait_for_all()
 
 def write_json(path, content):
     """Write a dict as JSON with a checksum. ValueError if it holds NaN or infinity."""
@@ -467,16 +528,16 @@ def backward(policy, examples, micro_batch, pool):
     batch_loss = 0.0
     for parameter in parameters:
         parameter.grad = None
-    for loss, gradients in pool.map(gradient_of, parts):           # in the order of the parts
+    for loss, gradients in pool.map(gradient_of, my_part(parts)):  # in the order of the parts
         batch_loss += loss
         for parameter, gradient in zip(parameters, gradients):
             parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
-    return batch_loss
+    return add_up(parameters, batch_loss)
 
 def progress_bar(total, title, unit):
     """A progress bar that goes when it is full; none where there is no stderr."""
     return tqdm(total=total, desc=title, unit=unit, leave=False, mininterval=1,
-                disable=sys.stderr is None)
+                disable=sys.stderr is None or RANK > 0)
 
 def collate(examples):
     """Tensors of a batch, as `Policy.loss` takes them: images and prompts without their last token,
@@ -652,8 +713,8 @@ def sample(policy, prompts, how, prefixes=None, rows=None, progress=None):
     prefixes: for each question a list of token lists. Each is continued L times; a question's
         responses are those of its first prefix, then of its second ... A prefix is part of its
         responses and of max_new_tokens.
-    rows: responses per batch at most (never less than one question's); default 1024 (4096 on a
-        GPU), or a quarter of all.
+    rows: responses per batch at most (never less than one question's); by default see
+        _rows_at_once.
     progress: called with the number of responses that have just ended.
     ValueError: a negative temperature, an empty prompt, a prefix that leaves nothing to write.
     FloatingPointError: weights that have left the finite numbers."""
@@ -685,15 +746,28 @@ def sample(policy, prompts, how, prefixes=None, rows=None, progress=None):
                 torch.cat([forced[q].repeat_interleave(L, dim=0) for q in batch]),     # (R, T)
                 progress)
 
-    most = 1024 if policy.device.type == "cpu" else 4096
-    most = rows or min(most, math.ceil(L * sum(map(len, prefixes)) / 4))
-    batches = _batches_of_questions(prompts, [L * len(group) for group in prefixes], most)
+    counts = [L * len(group) for group in prefixes]
+    rows = rows or _rows_at_once(policy, sum(counts), T)
+    batches = _batches_of_questions(prompts, counts, rows)
     responses = [[] for _ in prompts]
     with ThreadPoolExecutor(WORKERS if policy.device.type == "cpu" else 1) as pool:
-        for batch, groups in zip(batches, pool.map(run, batches)):
+        for batch, groups in zip(batches, of_all(list(pool.map(run, my_part(batches))))):
             for q, group in zip(batch, groups):
                 responses[q] = group
     return responses
+
+def _rows_at_once(policy, responses, T):
+    """How many of all `responses` go into one batch. On a CPU at most 1024, and a quarter, so that
+    all cores have work; on a GPU as many as half of its free memory holds (not measured yet): a
+    decode step of many rows takes hardly longer there than one of few."""
+    if policy.device.type == "cpu":
+        return min(1024, math.ceil(responses / 4))
+    if policy.device.type != "cuda":                               # a Mac's does not say
+        return 4096
+    c = policy.config
+    cache = 2 * c.layers * c.kv_heads * (c.width // c.heads) * (policy.image_tokens + 2 * T)
+    free, _ = torch.cuda.mem_get_info()                            # bytes
+    return max(1, free // 2 // (4 * (cache + 6 * c.vocabulary)))   # logits, and what draw makes
 
 def _batches_of_questions(prompts, counts, rows):
     """Questions, with counts of responses, in batches of at most `rows`, like lengths together."""

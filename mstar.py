@@ -41,8 +41,9 @@ from data import TESTBEDS, Tokenizer, build_world
 from evaluate import (as_text, auc, best_temperature, describe_round, evaluate_policy, explore,
                       interval, make_prompts, means, one_line_errors, pass_metrics, percent,
                       run_command, sample_texts, share_unsound, unique_correct)
-from model import (Example, Optimizer, Policy, Sampling, adamw, available_devices, batches, fit,
-                   load, load_network, read_json, save, seed_for, write_json, write_whole)
+from model import (RANK, Example, Optimizer, Policy, Sampling, adamw, available_devices, batches,
+                   fit, from_first, join_processes, load, load_network, read_json, save, seed_for,
+                   wait_for_all, write_json, write_whole)
 from prm import (RewardModel, StepLabels, audit, label_steps, pseudo_answered, random_k,
                  response_rewards, top_k, train_prm)
 from results.report import (announce, make_report, print_line, print_report, write_page,
@@ -435,7 +436,7 @@ class Run:
         path = self.out / "checkpoint" / f"{name}-{number}.safetensors"
         save(path, policy, optimizer, number=number, lines=lines, **about)
         for old in self._saved(name):
-            if old != path:                                        # only now: the new one is whole
+            if old != path and not RANK:                           # only now: the new one is whole
                 old.unlink()
                 old.with_suffix(".json").unlink(missing_ok=True)
 
@@ -459,6 +460,8 @@ class Run:
             return None
         except ValueError as error:
             print(f"{error}; not used, made again", flush=True)
+        finally:
+            wait_for_all()                                         # before one of them writes it
 
     def fit(self, policy, optimizer, stream, updates, micro_batch, title, part=500):
         """`fit` for trainings of several minutes: saved after every `part` updates."""
@@ -554,7 +557,7 @@ def check_identity(cfg, out, command, program, world, tokenizer):
     meaning = zlib.crc32(repr((tokenizer.symbols, base, world)).encode())
     identity = {**asdict(cfg), "program": program, "splits": cfg.splits, "world": meaning}
     path = out / "config.json"                                     # the first file of a run
-    if not path.exists():
+    if not from_first(path.exists()):
         write_json(path, {**identity, "command": command})
     try:
         before = read_json(path)                                   # as JSON gives it back
@@ -595,6 +598,8 @@ def parse(argv):
     method = typed.get("method") or arms.split(",")[-1]
     if unknown := [arm for arm in (*arms.split(","), method) if arm not in METHODS]:
         fail(f"{unknown[0]!r} is not a method; known: {', '.join(METHODS)}")
+    if len(set(arms.split(","))) < len(arms.split(",")):
+        fail(f"--arms {arms}: one is there twice")
     if method not in arms.split(","):
         fail(f"--arms {arms}: --method {method} must be among them")
     cfg = Config(**{**PRESETS[preset], **METHODS[method], **typed, "preset": preset, "arms": arms,
@@ -666,9 +671,11 @@ def main(argv=None):
     """The main job: all stages in order, then the table and the page. Returns the report."""
     argv = sys.argv[1:] if argv is None else argv
     cfg, folder = parse(argv)
-    out, command = folder or new_folder(cfg), " ".join(["python mstar.py", *argv])
+    join_processes()                                               # if torchrun started several
+    out = from_first(folder or (RANK == 0 and new_folder(cfg)))
+    command = " ".join(["python mstar.py", *argv])
     with one_line_errors("mstar.py", f"go on with: python mstar.py --resume {out}"):
-        if not (out / "report.json").exists():
+        if not from_first((out / "report.json").exists()):
             write_json(out / "report.json", run_stages(cfg, out, command))
         report = read_json(out / "report.json")                    # as a resumed run reads it
         shutil.rmtree(out / "checkpoint", ignore_errors=True)      # nothing is left to resume

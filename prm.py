@@ -38,7 +38,8 @@ from data import Tokenizer, build_world, oracle, sound
 from evaluate import (answer_greedily, as_text, auc, find_answer, grade, make_prompts,
                       one_line_errors, percent, run_command, sample_texts, tokens_of)
 from model import (WORKERS, DecoderBlock, Example, Optimizer, Policy, Sampling, adamw, batches,
-                   causal, collate, fit, load_network, read_json, seed_for, write_json)
+                   causal, collate, fit, load_network, my_part, of_all, read_json, seed_for,
+                   write_json)
 
 # ---------------------------------------------------------------- step labels
 
@@ -208,7 +209,7 @@ def read(prm, prompts, responses, rows=128):
 
     found = {}
     with ThreadPoolExecutor(WORKERS if prm.device.type == "cpu" else 1) as pool:
-        for part, (logits, so_far) in zip(parts, pool.map(read_part, parts)):
+        for part, (logits, so_far) in zip(parts, of_all(list(pool.map(read_part, my_part(parts))))):
             for (q, tokens), line, log_probs in zip(part, logits, so_far):
                 of_steps = line[prm.tokenizer.step_ends(tokens)].tolist()
                 found[q, tokens] = of_steps, log_probs[len(tokens) - 1].item()

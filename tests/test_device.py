@@ -1,6 +1,12 @@
 """The code on another device, where there is none: tensors that compute on the CPU and say that
-they lie elsewhere. Whoever lets them meet a tensor of the CPU is caught, as a GPU would."""
+they lie elsewhere. Whoever lets them meet a tensor of the CPU is caught, as a GPU would. And
+several processes, without a GPU each."""
+import os
+import subprocess
+import sys
+from pathlib import Path
 from random import Random
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,7 +15,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 import model
 import prm
-from model import Example, Sampling, adamw, batches, fit, load_network, sample, save
+from model import Example, Sampling, adamw, batches, fit, load_network, read_json, sample, save
 from prm import RewardModel
 
 ELSEWHERE = torch.device("meta")               # the one such device whose gradients need no driver
@@ -166,3 +172,42 @@ def test_the_reward_model_reads_and_learns_the_same_there(elsewhere, policy, pro
         torch.testing.assert_close(there, gradient, atol=1e-5, rtol=1e-3)
     for (one,), (there,) in zip(scores, scores_there):
         assert there == pytest.approx(one, abs=1e-4)
+
+
+def test_batches_fit_into_the_memory_of_a_gpu(policy, monkeypatch):
+    """Rows of a batch grow with free memory, and no further than half of it (here: the cache and
+    the logits of all rows, in fp32)."""
+    gpu = SimpleNamespace(device=torch.device("cuda"), config=policy.config,
+                          image_tokens=policy.image_tokens)
+    c = policy.config
+    needed = 4 * (c.layers * 2 * c.kv_heads * (c.width // c.heads) * 64 + c.vocabulary)
+    rows = []
+    for free in (10**7, 10**9, 10**10):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (free, 2 * free))
+        rows.append(model._rows_at_once(gpu, 10**9, 64))
+        assert 0 < rows[-1] * needed <= free / 2
+    assert rows[0] < rows[1] < rows[2]
+
+
+@pytest.mark.parametrize("processes", [2])
+def test_several_processes_do_what_one_does(processes, tmp_path):
+    """Bit for bit: each response has its own random numbers, and two summands have one sum."""
+    project = Path(model.__file__).parent
+    flags = ["mstar.py", "--preset", "test", "--method", "mstar", "--policy",
+             "weights/base.safetensors", "--labeled", "20", "--warmup_questions", "8",
+             "--prm_questions", "8", "--validation", "4", "--testbed", "2", "--epochs", "0.5",
+             "--rollouts_per_question", "4", "--max_new_tokens", "32"]
+    run = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    for name, start in (("one", [sys.executable]), ("several", run)):
+        subprocess.run([*start, *flags, "--out", tmp_path / name], cwd=project, env=environment,
+                       check=True, capture_output=True)
+    one, several = tmp_path / "one", tmp_path / "several"
+    assert {path.name for path in one.iterdir()} == {path.name for path in several.iterdir()}
+    for name in ("pi_0", "prm", "policy"):
+        file = f"{name}.safetensors"
+        assert (one / file).read_bytes() == (several / file).read_bytes()
+    assert read_json(one / "labels.json")["labels"] == read_json(several / "labels.json")["labels"]
+    for path in (one / "samples").iterdir():
+        assert read_json(path) == read_json(several / "samples" / path.name)
+    assert sum(line["num_kept"] for line in read_json(one / "report.json")["iterations"][1:])

@@ -403,6 +403,7 @@ def test_what_is_run(flags, arms, method, select):
     (["--seed", "x"], "--seed"), (["--seed", "99999999999999999999999"], "--seed"),
     (["--policy", "nowhere.safetensors"], "nowhere"), (["--device", "abacus"], "--device"),
     (["--arms", "prm", "--method", "mstar"], "--arms"), (["--arms", "mstar,magic"], "magic"),
+    (["--arms", "prm,prm"], "twice"),
     (["--keep_top", "0"], "--keep_top"), (["--prm_questions", "1"], "--prm_questions"),
     (["--select", "best"], "--select"), (["--adapt_by", "luck"], "--adapt_by"),
     (["--recipe", "huge"], "huge"), (["--evolve_questions", "49"], "--labeled 48"),
