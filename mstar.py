@@ -60,7 +60,8 @@ def setting(default, help, least=1, most=2**31, choices=None):
 class Config:
     """Every value that a run depends on. Each field is a flag: preset, then method, then typed."""
     out: str = setting("", "folder of the run; empty: runs/PRESET-METHOD-seedN, a number if taken")
-    preset: str = setting("cpu", "sizes; gpu where CUDA is found", choices=("cpu", "gpu", "test"))
+    preset: str = setting("cpu", "sizes; gpu where CUDA is found",
+                          choices=("cpu", "few", "gpu", "test"))
     method: str = setting("mstar", "runs alone if typed; else beside those it is compared to")
     arms: str = setting("", "or: the methods to run from one pi_0 and one PRM, comma-separated")
     seed: int = setting(0, "of weights, order of the data, sampling", 0)
@@ -95,7 +96,8 @@ class Config:
                               choices=("last", "pi_0"))
     optimizer: str = setting("inherit", "optimizer state and schedule at each iteration",
                              choices=("inherit", "reset"))
-    interval: float = setting(0.25, "share of those questions per iteration", 1e-9, 1)
+    interval: float = setting(0.0625, "share of those questions per iteration; the paper: 0.25",
+                              1e-9, 1)
     select: str = setting("all", "which correct responses are trained on",
                           choices=("all", "top", "threshold", "random"))
     keep_top: int = setting(2, "responses per question that top and random keep")
@@ -106,12 +108,13 @@ class Config:
     temperature: str = setting("1.0", "of sampled responses: a number, or adaptive (1.0 at first)")
     adapt_by: str = setting("reward_pass_at_k", "what a sweep maximises, with k = keep_top or all",
                             choices=("reward_pass_at_k", "pass_at_k"))
-    sweep_every: int = setting(2, "iterations from sweep to sweep")
-    watch_every: int = setting(0, "if above 0: measure every temperature that often", 0)
+    sweeps: int = setting(4, "how often T is adapted, at equal distances; 4: after every half of "
+                          "the questions, as in the paper")
+    watches: int = setting(0, "how often all temperatures are measured, at equal distances", 0)
     epochs: float = setting(2.0, "how often each of them is asked in all", 1e-9)
     rollouts_per_question: int = setting(8, "L; the paper: 16", most=1000)
     evolve_updates: int = setting(2400, "updates of all iterations, equal for every method")
-    evolve_lr: float = setting(1e-4, "learning rate, constant as in the paper", 1e-9)
+    evolve_lr: float = setting(3e-4, "learning rate, constant as in the paper", 1e-9)
     # everywhere
     batch_size: int = setting(32, "examples per update")
     micro_batch: int = setting(16, "of them at once; fewer need less memory")
@@ -138,6 +141,10 @@ class Config:
         asked = self.epochs * (self.evolve_questions or self.labeled)
         return max(1, round(asked / self.questions_per_iteration))
 
+    def every(self, times):
+        """Iterations between things that happen so many times, at equal distances."""
+        return max(1, self.iterations // times)
+
     @property
     def needs_prm(self):
         """Does an arm with these switches ask the PRM for anything?"""
@@ -153,9 +160,9 @@ METHODS = {
     "rest_em": {"interval": 1.0, "optimizer": "reset", "start_from": "pi_0"},
     "continuous_100": {"interval": 1.0},
     "continuous_50": {"interval": 0.5},
-    "continuous": {},
+    "continuous_25": {"interval": 0.25},                           # the paper's choice
     "continuous_12.5": {"interval": 0.125},
-    "continuous_6.25": {"interval": 0.0625},
+    "continuous": {},                                              # 6.25 %
     # Table 2: which correct responses are trained on
     "random_2": {"select": "random"},
     "threshold": {"select": "threshold"},
@@ -173,8 +180,8 @@ METHODS = {
     "mstar": {"select": "top", "temperature": "adaptive"},
     "mstar_pass_at_k": {"select": "top", "temperature": "adaptive", "adapt_by": "pass_at_k"},
     # Figures 3 to 5: the same training, seen at every temperature
-    "prm_watched": {"select": "top", "watch_every": 2},
-    "mstar_watched": {"select": "top", "temperature": "adaptive", "watch_every": 2},
+    "prm_watched": {"select": "top", "watches": 4},
+    "mstar_watched": {"select": "top", "temperature": "adaptive", "watches": 4},
 }
 SWITCHES = sorted(set(chain.from_iterable(METHODS.values())))      # names of fields
 COMPARED = "sft,continuous,prm,mstar"                              # what `python mstar.py` runs
@@ -182,11 +189,13 @@ ROW_NAMES = {"pi_0": "pi_0 (warm-up)", "sft": "SFT (direct answers)", "prm": "+ 
              "mstar": "M-STaR"}                                    # others have their own
 PRESETS = {
     "cpu": {},                                                     # the defaults: 2 cores
+    # the same with an eighth of the questions, each asked 16 times: training saturates (C8, C9)
+    "few": dict(evolve_questions=1000, epochs=16.0, interval=0.5),
     "test": dict(policy="scratch", recipe="test", labeled=48, validation=10, test=20, testbed=5,
                  warmup_questions=10, warmup_rollouts=2, warmup_updates=3, prm_questions=20,
-                 prm_rollouts=2, prm_epochs=1.0, epochs=1.0, rollouts_per_question=2,
-                 evolve_updates=4, batch_size=8, micro_batch=4, lr_warmup_updates=2,
-                 monitor_rollouts=4, max_new_tokens=24),
+                 prm_rollouts=2, prm_epochs=1.0, interval=0.25, epochs=1.0,
+                 rollouts_per_question=2, evolve_updates=4, batch_size=8, micro_batch=4,
+                 lr_warmup_updates=2, monitor_rollouts=4, max_new_tokens=24),
     # sized on paper for one GPU of 16-24 GB and an hour; not measured yet
     "gpu": dict(policy="scratch", recipe="gpu", labeled=20000, warmup_questions=5000,
                 warmup_lr=3e-4, rollouts_per_question=16, evolve_updates=6000, evolve_lr=5e-5,
@@ -202,7 +211,7 @@ def self_evolve(cfg, pi_0, prm, world, run):
     for iteration in range(first, cfg.iterations + 1):
         # Balance: every few rounds, the temperature at which the PRM finds most to exploit
         sweep = None
-        if cfg.temperature == "adaptive" and (iteration - 1) % cfg.sweep_every == 0:
+        if cfg.temperature == "adaptive" and (iteration - 1) % cfg.every(cfg.sweeps) == 0:
             temperature, sweep = choose_temperature(cfg, policy, prm, world, temperature)
 
         # 1. Generate: L responses to each question of this round, from the current policy
@@ -324,7 +333,7 @@ def passes_of(cfg, look):
 
 def validate(cfg, policy, prm, world, temperature, iteration):
     """Metrics on the validation questions, of a greedy response each and monitor_rollouts sampled
-    ones at `temperature`; every watch_every iterations also at all temperatures of the grid."""
+    ones at `temperature`; cfg.watches times also at all temperatures of the grid."""
     questions = world["validation"]
     looks = look_at(cfg, policy, prm, questions, [0.0, temperature])
     greedy, look = looks[0.0].is_correct[:, 0], looks[temperature]  # (Q,), and [question][n]
@@ -343,7 +352,7 @@ def validate(cfg, policy, prm, world, temperature, iteration):
         "truncated": sum(not response.complete for response in sampled) / len(sampled)}
     if prm:                                # does the PRM, fixed since pi_0, still know this policy?
         metrics["reward_auc"] = auc(look.is_correct.ravel(), look.rewards.ravel())
-    if cfg.watch_every and iteration % cfg.watch_every == 0:
+    if cfg.watches and iteration % cfg.every(cfg.watches) == 0:
         looks = look_at(cfg, policy, prm, questions, sorted({temperature, *GRID}))
         looks = {str(t): passes_of(cfg, look) for t, look in looks.items()}
         metrics["watched"] = {
@@ -542,7 +551,8 @@ def run_arm(cfg, base, pi_0, prm, world, run):
 def arms_of(cfg):
     """The Configs of the arms to run. A typed switch is for the arm of --method; the others have
     the defaults and their own bundles."""
-    defaults, arms = {name: getattr(Config, name) for name in SWITCHES}, []
+    preset, arms = PRESETS[cfg.preset], []
+    defaults = {name: preset.get(name, getattr(Config, name)) for name in SWITCHES}
     for method in cfg.arms.split(","):
         own = {} if method == cfg.method else {**defaults, **METHODS[method]}  # typed, or its own
         arms.append(replace(cfg, method=method, **own))

@@ -32,6 +32,7 @@ from prm import label_responses, score
 
 FOLDER = Path(__file__).parent
 SHOWN = 2                                      # questions of each task type and testbed on the page
+LOOKS = 4                                      # at iteration 0, and so many more times
 
 # ---------------------------------------------------------------- before, during and after a run
 
@@ -94,7 +95,7 @@ def write_samples(cfg, run, select, policy, pi_0, prm, world, temperature, itera
     testbed, with L responses each: grade, whether `select` would take it, and for each step the
     PRM's score, the Monte-Carlo label (rollouts of pi_0) and the oracle's verdict. Never trained
     on."""
-    if cfg.method != run.main_method:
+    if cfg.method != run.main_method or iteration % cfg.every(LOOKS):
         return
     questions = []
     for task in TASKS:
@@ -233,7 +234,7 @@ def line_chart(title, unit, series, note):
         y = at(0, value)[1]
         drawn.append(f"<line class='grid' x1='52' x2='352' y1='{y:.1f}' y2='{y:.1f}'/>"
                      f"<text x='46' y='{y + 4:.1f}' text-anchor='end'>{value:.4g}</text>")
-    for x in xs:
+    for x in xs[::math.ceil(len(xs) / 9)]:                         # not too many to read
         drawn.append(f"<text x='{at(x, low)[0]:.1f}' y='192' text-anchor='middle'>{x}</text>")
     for i, (name, line) in enumerate(series.items()):
         dashes = ("", "6 3", "2 3", "8 3 2 3")[i % 4]              # not by colour alone

@@ -35,7 +35,8 @@ PAPER = json.loads((Path(__file__).parent / "paper.json").read_text())
 TABLES, CLAIMS = PAPER["tables"], PAPER["claims"]
 SIZES = {"small": "-small", "medium": "", "large": "-large"}       # of Table 5: names of bases
 # Arms that have rounds in common: of each group only the first tells about the luck of runs
-SAME_ROUNDS = (("iterative_rft", "rest_em", "continuous_100"), ("prm_watched", "mstar_watched"),
+SAME_ROUNDS = (("iterative_rft", "rest_em", "continuous_100"),
+               ("prm_watched", "mstar_watched", "mstar_pass_at_k"),
                ("prm", "mstar", "mstar_pass_at_k", "vote_25", "vote_50", "vote_75"))
 WATCHED = ("0.5", "1.0", "1.5")                                    # temperatures that figures show
 
@@ -155,8 +156,9 @@ def claims_of(name, arms, reports):
     if name == "table2":                                           # and Figure 2, from the audits
         claims += figure_2_claims([report["audit"] for report in reports])
     if name == "dynamics":
-        one = [arm["iterations"] for arm in arms if arm["arm"] == "prm_watched"]
-        claims += dynamics_claims(one)
+        fixed = [arm["iterations"] for arm in arms if arm["arm"] == "prm_watched"]
+        adaptive = [arm["iterations"] for arm in arms if arm["arm"] == "mstar_watched"]
+        claims += [*dynamics_claims(fixed), figure_5_claim(fixed, adaptive)]
     return claims
 
 def without_questions(line):
@@ -210,6 +212,20 @@ def dynamics_claims(runs):
                "pass@k changes for the better at T = 1.5, compared with 0.5 (the paper: it falls "
                "more slowly)": rise["1.5"] - rise["0.5"]}
     return [("C8", words, {"effect": [effect]}, 0.0, None) for words, effect in effects.items()]
+
+def figure_5_claim(fixed, adaptive):
+    """C9 on validation questions, of runs (lists of iterations) of two arms."""
+    def curves(lines):                                             # (2, questions)
+        numbers = [line["by_question"] for line in lines[1:]]
+        any_correct = [numbers_in(one["num_correct"]) > 0 for one in numbers]
+        reward = [numbers_in(one["reward_pass_at_2"]) for one in numbers]
+        return np.mean(any_correct, axis=0), np.mean(reward, axis=0)
+
+    higher = [np.subtract(curves(a), curves(b)) for a, b in zip(adaptive, fixed)]
+    passes, rewards = np.swapaxes(higher, 0, 1)                    # (runs, questions) each
+    words = ("Pass@K and Reward-Pass@2 stay higher with an adaptive T than with T = 1 (Figure 5, "
+             "means over iterations)")
+    return "C9", words, {"Pass@K": [passes], "Reward-Pass@2": [rewards]}, 0.0, None
 
 # ---------------------------------------------------------------- intervals over questions and runs
 
@@ -322,6 +338,8 @@ def format_table(result):
             curves = [f"{mean_percent(same, get):.1f}" for get in FIGURES.values()]
             temperatures = ", ".join(str(line["temperature"]) for line in same)
             rows.append([f"iteration {same[0]['iteration']}", *curves, temperatures])
+        if not rows:                                               # it was not watched
+            continue
         head = [title.replace("@k", f"@{k}") for title in FIGURES]
         lines += markdown([f"{arms[0]['words']}, validation, %", *head, "T"], rows)
     lines += [f"`{result['command']}`: {seeds} seed{'s' * (seeds > 1)}, {result['minutes']:.0f} "

@@ -123,9 +123,11 @@ def test_unlabeled_questions_join_as_half_of_the_questions(mix_in, first):
     """Eight iterations of six out of 24: never more than six, none twice before all have come, the
     labeled ones first and in the order that they have without unlabeled ones."""
     world = {"labeled": list(range(24)), "unlabeled": list(range(100, 124))}
-    cfg, alone, labeled, unlabeled = Config(labeled=24, unlabeled="vote", mix_in=mix_in), [], [], []
+    cfg = Config(labeled=24, interval=0.25, unlabeled="vote", mix_in=mix_in)
+    without = Config(labeled=24, interval=0.25)
+    alone, labeled, unlabeled = [], [], []
     for iteration in range(1, 9):
-        alone += mstar.questions_for_iteration(Config(labeled=24), world, iteration)[0]
+        alone += mstar.questions_for_iteration(without, world, iteration)[0]
         questions, known = mstar.questions_for_iteration(cfg, world, iteration)
         assert len(questions) == 6 and known == (6 if iteration < first else 3)
         labeled += questions[:known]
@@ -282,7 +284,8 @@ def test_every_way_to_select(how, kept, tokenizer, monkeypatch):
 
 
 def test_the_swept_temperature_is_the_next_one_sampled_at(world, tokenizer, run, monkeypatch):
-    cfg = config("--method", "mstar", *EIGHT, "--epochs", "2", "--interval", "0.5")
+    cfg = config("--method", "mstar", *EIGHT, "--epochs", "2", "--interval", "0.5", "--sweeps",
+                 "2")
     used, chosen, swept = [], iter((0.4, 1.3)), []
 
     def respond(policy, prompts, how, title):
@@ -312,7 +315,7 @@ def test_a_sweep_equals_a_look_at_each_temperature(policy, world, monkeypatch):
         return "correct" if len(text) % 3 == 0 else "wrong"
 
     monkeypatch.setattr(evaluate, "grade", by_length)
-    cfg = config("--monitor_rollouts", "3", "--max_new_tokens", "12", "--watch_every", "1")
+    cfg = config("--monitor_rollouts", "3", "--max_new_tokens", "12", "--watches", "2")
     torch.manual_seed(3)
     prm = RewardModel(policy.config, policy.tokenizer)
     torch.nn.init.normal_(prm.head.weight)
@@ -323,7 +326,7 @@ def test_a_sweep_equals_a_look_at_each_temperature(policy, world, monkeypatch):
     assert len(mstar.GRID) == 14 and mstar.GRID[0] == 0.3 and mstar.GRID[-1] == 1.6
     assert len({tuple(values.values()) for values in watched.values()}) > 3
     for t in (0.3, 0.7, 1.6):
-        alone = mstar.validate(replace(cfg, watch_every=0), policy, prm, small, t, 0)
+        alone = mstar.validate(replace(cfg, watches=0), policy, prm, small, t, 0)
         assert watched[str(t)] == {name: alone[name] for name in watched[str(t)]}
 
 
@@ -414,7 +417,7 @@ def test_what_is_run(flags, arms, method, select):
     (["--out=--"], "--out"), (["--device", "\n"], "--device"),
     (["--rollouts_per_question", "2147483648"], "--rollouts_per_question"),
     (["--max_new_tokens", "1001"], "--max_new_tokens"),
-    (["--arms", "continuous,continuous_6.25", "--epochs", "1", "--labeled", "41"], "--labeled 41")])
+    (["--arms", "continuous,continuous_100", "--epochs", "1", "--labeled", "41"], "--labeled 41")])
 def test_wrong_use_exits_2_with_one_line_and_writes_nothing(flags, named, tmp_path, monkeypatch,
                                                             capsys):
     monkeypatch.chdir(tmp_path)

@@ -106,7 +106,7 @@ def test_a_finished_run_can_be_scored_and_audited_again(two_runs, capsys):
 
 
 def test_a_run_without_a_prm_ends_with_a_report_and_can_be_watched(tmp_path):
-    flags = "--method", "continuous", "--watch_every", "2", "--out", str(tmp_path)
+    flags = "--method", "continuous", "--watches", "1", "--out", str(tmp_path)
     report = mstar.main([*TINY, *flags])
     assert report["prm"] is None and not (tmp_path / "prm.safetensors").exists()
     assert ["watched" in line for line in report["iterations"]] == [True, False, True]

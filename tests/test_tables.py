@@ -217,8 +217,9 @@ def look(greedy, num_correct, reward, low, high):
                             "reward_pass_at_2": reward},
             "watched": {"any_correct": {"0.5": low, "1.0": "0 0 0 0", "1.5": high}}}
 
-LINES = [look("0 0 1 0", "1 4 2 3", "0 0 0.5 0", "1 1 1 1", "1 1 1 1"), {"iteration": 1},
-         look("0 1 1 0", "0 4 2 3", "1 0 0.5 1", "1 0 1 1", "1 1 1 1"), {"iteration": 3},
+UNWATCHED = {"by_question": {"num_correct": "1 1 1 1", "reward_pass_at_2": "1 1 1 1"}}
+LINES = [look("0 0 1 0", "1 4 2 3", "0 0 0.5 0", "1 1 1 1", "1 1 1 1"), UNWATCHED,
+         look("0 1 1 0", "0 4 2 3", "1 0 0.5 1", "1 0 1 1", "1 1 1 1"), UNWATCHED,
          look("1 1 1 0", "0 9 2 3", "1 0.5 0.5 1", "0 0 1 1", "1 0 1 1")]
 
 def effects_of(claims):
@@ -242,8 +243,20 @@ def test_claims_on_dynamics_are_about_the_arm_of_one_temperature():
     for arm, lines in (("prm_watched", LINES), ("mstar_watched", LINES[::-1])):
         arms.append({"arm": arm, "size": "medium", "words": arm, "responses": 1,
                      "row": made_up_row(arm, "cw"), "iterations": lines})
+    arms.append({**arms[0], "arm": "mstar_pass_at_k"})
     claims = claims_of("dynamics", arms, [{}])
-    assert effects_of(claims) == effects_of(dynamics_claims([LINES]))
+    assert effects_of(claims[2:-1]) == effects_of(dynamics_claims([LINES]))
+
+def test_figure_5_compares_means_over_the_iterations_of_training():
+    """pass@k of the questions in rounds 1 and 2: 0 1 and 1 1 where T adapts, else 0 0 and 1 0."""
+    def run(*num_correct):
+        return [{"by_question": {"num_correct": text, "reward_pass_at_2": "0.5 0"}}
+                for text in ("9 9", *num_correct)]                 # iteration 0 is pi_0 in both
+
+    adaptive, fixed = run("0 3", "2 1"), run("0 0", "1 0")
+    _, _, effects, *_ = tables.figure_5_claim([fixed, fixed], [adaptive, fixed])
+    assert effects["Pass@K"][0].tolist() == [[0, 1], [0, 0]]
+    assert not np.any(effects["Reward-Pass@2"][0])
 
 def test_paper_json_names_what_there_is():
     assert set(CLAIMS) <= set(TABLES)
