@@ -110,15 +110,17 @@ class Config:
                             choices=("reward_pass_at_k", "pass_at_k"))
     sweeps: int = setting(4, "how often T is adapted, at equal distances; 4: after every half of "
                           "the questions, as in the paper")
-    watches: int = setting(0, "how often all temperatures are measured, at equal distances", 0)
+    watches: int = setting(0, "how many validations, at equal distances, measure all temperatures",
+                           0)
     epochs: float = setting(2.0, "how often each of them is asked in all", 1e-9)
     rollouts_per_question: int = setting(8, "L; the paper: 16", most=1000)
-    evolve_updates: int = setting(2400, "updates of all iterations, equal for every method")
+    evolve_updates: int = setting(1600, "updates of all iterations, equal for every method")
     evolve_lr: float = setting(3e-4, "learning rate, constant as in the paper", 1e-9)
     # everywhere
     batch_size: int = setting(32, "examples per update")
     micro_batch: int = setting(16, "of them at once; fewer need less memory")
     lr_warmup_updates: int = setting(20, "linear start of every schedule")
+    validations: int = setting(8, "how often a policy is validated, at equal distances")
     monitor_rollouts: int = setting(16, "n of pass@k on validation", most=1000)
     max_new_tokens: int = setting(64, "longest response; true texts have up to 48", most=1000)
 
@@ -236,7 +238,9 @@ def self_evolve(cfg, pi_0, prm, world, run):
         trained = improve(cfg, policy, optimizer, prompts, kept, iteration)
 
         # 4. Validate: greedy (exploitation), pass@k (exploration), Reward-Pass@k (both)
-        metrics = validate(cfg, policy, prm, world, temperature, iteration)
+        metrics = {}
+        if iteration % cfg.every(cfg.validations) == 0:            # it costs as much as a round
+            metrics = validate(cfg, policy, prm, world, temperature, iteration)
         counts = describe_round(questions, answered, num_labeled, outcomes, correct, kept)
         run.log(cfg.method, iteration, temperature, {**metrics, **counts, **trained}, sweep)
         write_samples(cfg, run, select, policy, pi_0, prm, world, temperature, iteration)

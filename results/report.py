@@ -45,8 +45,9 @@ def print_line(line):
     """The main things of one line of metrics.jsonl on screen."""
     parts = [f"{line['arm']} {line['iteration']:>2}: T {line['temperature']}"]
     for name, words in (("greedy_accuracy", "greedy"), ("pass_at_1", "pass@1"),
-                        ("pass_at_k", f"pass@{line['k']}"), ("reward_pass_at_2", "Reward-Pass@2"),
-                        ("unsound", "correct but unsound"), ("unparseable", "unparseable")):
+                        ("pass_at_k", f"pass@{line.get('k')}"),
+                        ("reward_pass_at_2", "Reward-Pass@2"), ("unsound", "correct but unsound"),
+                        ("unparseable", "unparseable")):
         if name in line:
             parts.append(f"{words} {percent(line[name])}")
     if "num_kept" in line:

@@ -216,7 +216,7 @@ def dynamics_claims(runs):
 def figure_5_claim(fixed, adaptive):
     """C9 on validation questions, of runs (lists of iterations) of two arms."""
     def curves(lines):                                             # (2, questions)
-        numbers = [line["by_question"] for line in lines[1:]]
+        numbers = [line["by_question"] for line in lines[1:] if "by_question" in line]
         any_correct = [numbers_in(one["num_correct"]) > 0 for one in numbers]
         reward = [numbers_in(one["reward_pass_at_2"]) for one in numbers]
         return np.mean(any_correct, axis=0), np.mean(reward, axis=0)
