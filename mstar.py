@@ -477,14 +477,20 @@ class Run:
             wait_for_all()                                         # before one of them writes it
 
     def fit(self, policy, optimizer, stream, updates, micro_batch, title, part=500):
-        """`fit` for trainings of several minutes: saved after every `part` updates."""
+        """`fit` for trainings of several minutes: saved after every `part` updates, or after more
+        of them, so that saving takes no more than 2 % of the time."""
         loss = self.load(title, policy, optimizer).get("loss")
+        saved, cost = time.time(), 0.0                             # when, and how long it took
         for _ in range(optimizer.updates):                         # batches that it has seen
             next(stream)
         while optimizer.updates < updates:
             number = min(part, updates - optimizer.updates)        # until the next save
             loss = fit(policy, optimizer, stream, number, micro_batch, title)
-            self.save(title, optimizer.updates, policy, optimizer, loss=loss)
+            if from_first(time.time() - saved >= 49 * cost):
+                began = time.time()
+                self.save(title, optimizer.updates, policy, optimizer, loss=loss)
+                saved = time.time()
+                cost = saved - began
         return loss
 
     def log(self, arm, iteration, temperature, metrics, sweep=None):
