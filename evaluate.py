@@ -28,7 +28,8 @@ if __name__ == "__main__":
 import numpy as np
 import torch
 
-from data import READING, TASKS, TESTBEDS, Tokenizer, build_world, oracle, render, sound
+from data import (READING, TASKS, TESTBEDS, build_world, oracle, render, sound,
+                  tokenizer_for)
 from model import Prompt, Sampling, load_network, progress_bar, read_json, sample, write_json
 
 COLUMNS = ("ID", *TASKS, *TESTBEDS, "OOD")
@@ -120,7 +121,8 @@ def answer_greedily(policy, questions, max_new_tokens, title):
     return texts, [grade(text, question.answer) for text, question in zip(texts, questions)]
 
 NUMBER = r"[+-]?(?:[0-9]{1,30}(?:\.[0-9]{0,30})?|\.[0-9]{1,30})"   # longer ones are no answers
-ANSWER_AT_END = re.compile(rf"answer:[ \t]*+({NUMBER})[ \t]*+\.?\s*+\Z")        # *+: no second try
+ANSWER_AT_END = re.compile(rf"answer:[ \t]*+({NUMBER})[ \t]*+\.?\s*+\Z",        # *+: no second try
+                           re.IGNORECASE)
 
 def grade(text, gold):
     """Binary reward 1(a == a*), with a third outcome: "correct", "wrong" or "unparseable", which is
@@ -381,7 +383,8 @@ def main(argv=None):
             write_json(Path(folders[0]) / "comparison.json", comparison)
         else:
             config = read_json(Path(folders[0]) / "config.json")
-            policy = load_network(Path(folders[0]) / "policy.safetensors", Tokenizer())
+            tokenizer = tokenizer_for(config["policy"])
+            policy = load_network(Path(folders[0]) / "policy.safetensors", tokenizer)
     if len(folders) == 1:
         with one_line_errors("evaluate.py", "nothing is lost"):
             world = build_world(config["splits"], config["world_seed"])

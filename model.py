@@ -17,6 +17,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import sys
 import zlib
 from collections import defaultdict
@@ -31,6 +32,7 @@ import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load as tensors_of_bytes
+from safetensors.torch import load_file
 from safetensors.torch import save as bytes_of_tensors
 from torch import distributed, nn
 from tqdm import tqdm
@@ -57,12 +59,20 @@ class ModelConfig:
     heads: int = 4
     kv_heads: int = 4             # fewer than heads: grouped-query attention
     rope_theta: float = 10_000.0
+    # of public weights
+    hidden: int = 0               # width inside the SwiGLU; 0: 8/3 of the width
+    tied: bool = True             # the logits come from the embedding, read backwards
+    lead: tuple = ()              # token ids that stand before every image
 
     def __post_init__(self):                   # sizes may come from a file that somebody else wrote
+        object.__setattr__(self, "lead", tuple(self.lead))         # of JSON: a list
         for name, value in asdict(self).items():
+            if name in ("tied", "lead"):
+                continue
             most = 100 if name.endswith("layers") else 10**6
             kind = float if name == "rope_theta" else int
-            if type(value) is not kind or not (name != "vision_layers") <= value <= most:
+            least = int(name not in ("vision_layers", "hidden"))
+            if type(value) is not kind or not least <= value <= most:
                 raise ValueError(f"{name} {value!r}: must be a positive number, at most {most}")
         if self.image_size % (self.patch_size * self.shuffle) or self.heads % self.kv_heads:
             raise ValueError(f"image_size {self.image_size} must be a multiple of {self.shuffle} x "
@@ -172,7 +182,8 @@ class DecoderBlock(nn.Module):
     def __init__(self, c):
         super().__init__()
         self.heads, self.kv_heads, self.head_dim = c.heads, c.kv_heads, c.width // c.heads
-        hidden = 8 * math.ceil(c.width / 3)            # three matrices: 8/3 keeps the usual 8 C^2
+        # three matrices: 8/3 keeps the usual 8 C^2 weights
+        hidden = c.hidden or 8 * math.ceil(c.width / 3)
         self.norm1 = nn.RMSNorm(c.width, eps=1e-5)
         self.norm2 = nn.RMSNorm(c.width, eps=1e-5)
         self.q = nn.Linear(c.width, c.width, bias=False)
@@ -237,6 +248,8 @@ class Policy(nn.Module):
         self.embed = nn.Embedding(config.vocabulary, config.width)
         self.blocks = nn.ModuleList(DecoderBlock(config) for _ in range(config.layers))
         self.norm = nn.RMSNorm(config.width, eps=1e-5)
+        if not config.tied:
+            self.head = nn.Linear(config.width, config.vocabulary, bias=False)
         for name, parameter in self.named_parameters():
             if parameter.dim() < 2 or name == "vision.position":
                 continue                                           # norms, biases, positions
@@ -252,8 +265,16 @@ class Policy(nn.Module):
 
     @property
     def image_tokens(self):
-        """I, the number of tokens that one image takes."""
-        return (self.vision.side // self.vision.shuffle) ** 2
+        """I, the number of tokens that one image takes, with those of `lead`."""
+        return len(self.config.lead) + (self.vision.side // self.vision.shuffle) ** 2
+
+    def see(self, images):
+        """(N, size, size, 3) uint8 images -> (N, I, C) image tokens, `lead` before them."""
+        x = self.vision(images)
+        if self.config.lead:
+            lead = self.embed(torch.tensor(self.config.lead).to(self.device))
+            x = torch.cat([lead.expand(len(x), -1, -1), x], dim=1)
+        return x
 
     def precision(self):
         """bf16 arithmetic on a GPU that has it; fp32 elsewhere, where it would not be faster."""
@@ -272,7 +293,7 @@ class Policy(nn.Module):
     def forward(self, images, ids):
         """The plain way and the reference: images (B, size, size, 3) uint8, text ids (B, T)
         -> (B, T, V) logits of what follows each token. `hidden` finds the same with less work."""
-        x = torch.cat([self.vision(images), self.embed(ids)], dim=1)                   # (B, I+T, C)
+        x = torch.cat([self.see(images), self.embed(ids)], dim=1)                      # (B, I+T, C)
         cos, sin = self.rope(torch.arange(x.shape[1], device=x.device)[None])
         mask = causal(x.shape[1], x.device)
         for block in self.blocks:
@@ -288,7 +309,7 @@ class Policy(nn.Module):
         Image and prompt are read once for all their rows: attention is causal, so their keys and
         values depend on nothing behind them. (Else an update takes 1.08 times as long, and PRM
         scores 1.3 times.)"""
-        prefix = torch.cat([self.vision(images), self.embed(prompts)], dim=1)          # (N, I+P, C)
+        prefix = torch.cat([self.see(images), self.embed(prompts)], dim=1)             # (N, I+P, C)
         rows = self.embed(ids)                                                         # (B, T, C)
         S, T, device = prefix.shape[1], ids.shape[1], ids.device
         prefix_rope = self.rope(torch.arange(S, device=device)[None])
@@ -311,7 +332,8 @@ class Policy(nn.Module):
 
     def logits(self, hidden):
         """(..., C) hidden states -> (..., V) fp32 logits. Tied: the embedding read backwards."""
-        return F.linear(hidden, self.embed.weight).float()
+        head = self.embed if self.config.tied else self.head
+        return F.linear(hidden, head.weight).float()
 
     def loss(self, images, prompts, lengths, owner, ids, targets):
         """SFT loss, mean over all response tokens of the batch (a mean per row would weigh those of
@@ -470,6 +492,83 @@ def load_network(path, tokenizer, device="cpu", kind=Policy):
         raise ValueError(f"{path}: not a network of this program ({error})") from error
     load(path, network)
     return network.to(device)
+
+# ---------------------------------------------------------------- public weights of the family
+
+def load_policy(path, tokenizer, device="cpu"):
+    """The Policy that --policy names: a file of ours, or a folder with public weights."""
+    if Path(path).is_dir():
+        return load_public(path, tokenizer).to(device)
+    return load_network(path, tokenizer, device)
+
+def load_public(folder, tokenizer):
+    """The Policy of a folder with public weights: config.json and model.safetensors (or shards) of
+    SmolVLM, SmolVLM2 (256M, 500M) or nanoVLM-222M, in fp32. What they do with pictures in tiles is
+    left out: one picture, of one size. FileNotFoundError; ValueError names what does not fit."""
+    folder, tables = Path(folder), Path(__file__).parent / "weights/public_names.json"
+    try:
+        about = json.loads((folder / "config.json").read_bytes())
+        family = "nanovlm" if "lm_hidden_dim" in about else "smolvlm"
+        if family == "smolvlm" and about.get("model_type") not in ("idefics3", "smolvlm"):
+            raise ValueError(f"model_type is {about.get('model_type')!r}")
+        table = json.loads(tables.read_bytes())[family]
+        for place, value in table["fixed"].items():
+            if (other := _place_in(about, place)) not in (None, value):
+                raise ValueError(f"{place} is {other!r}, not {value!r}")
+        sizes = {name: _place_in(about, place) for name, place in table["sizes"].items()}
+        sizes["rope_theta"] = float(sizes["rope_theta"])
+        files, index = ["model.safetensors"], folder / "model.safetensors.index.json"
+        if index.exists():                                         # in shards
+            files = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
+        theirs = {}
+        for file in files:
+            theirs |= load_file(folder / file)
+        theirs.pop("decoder.rotary_embd.inv_freq", None)           # no weight
+        if family == "nanovlm":                                    # tied, kept by either name
+            tied = theirs.pop("decoder.head.weight", None)
+            theirs.setdefault("decoder.token_embedding.weight", tied)
+        sizes["tied"] = f"{table['names']['head']}.weight" not in theirs
+        with torch.device("meta"):
+            policy = Policy(ModelConfig(**sizes, lead=tokenizer.lead), tokenizer)
+        state = {}
+        for name, tensor in policy.state_dict().items():           # taken out of `theirs`
+            state[name] = _public_tensor(name, tensor.shape, table["names"], theirs)
+    except (KeyError, TypeError, ValueError, AttributeError, SafetensorError) as error:
+        raise ValueError(f"{folder}: no SmolVLM or nanoVLM that fits here ({error})") from error
+    if theirs:
+        raise ValueError(f"{folder}: {min(theirs)} has no place in this network")
+    if family == "nanovlm":                                        # its pixels are in [0, 1]
+        half = state["vision.patch.weight"] / 2
+        state["vision.patch.weight"] = half
+        state["vision.patch.bias"] += half.sum(dim=(1, 2, 3))
+    policy.load_state_dict(state, assign=True)
+    return policy
+
+def _place_in(about, places):
+    """The first that is there of "a.b or c.d or 12" in nested dicts, or None."""
+    for place in places.split(" or "):
+        value = int(place) if place.isdecimal() else about
+        for key in place.split(".") if value is about else ():
+            value = value.get(key) if isinstance(value, dict) else None
+        if value is not None:
+            return value
+    return None
+
+def _public_tensor(name, shape, names, theirs):
+    """Our tensor of a name, in fp32, from theirs."""
+    number = "".join(re.findall(r"(?<=blocks\.)\d+", name))
+    stem, _, kind = name.replace(f"blocks.{number}", "blocks.#").rpartition(".")
+    if name == "vision.position":
+        stem, kind = name, ""
+    first, *below = names[stem].replace("#", number).split("+")
+    paths = [first, *(f"{first.rpartition('.')[0]}.{part}" for part in below)]
+    parts = [theirs.pop(f"{path}.{kind}".rstrip(".")) for path in paths]
+    tensor = torch.cat(parts).float()
+    if name == "vision.position":
+        tensor = tensor.flatten(0, -2)                             # nanoVLM: (1, P, C)
+    if tensor.shape != shape:
+        raise ValueError(f"{first}.{kind} is {tuple(tensor.shape)}, not {tuple(shape)}")
+    return tensor
 
 def available_devices():
     """Devices of this machine, the best first."""

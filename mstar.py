@@ -37,13 +37,13 @@ if __name__ == "__main__":
 import numpy as np
 import torch
 
-from data import TESTBEDS, Tokenizer, build_world
+from data import TESTBEDS, build_world, tokenizer_for
 from evaluate import (as_text, auc, best_temperature, describe_round, evaluate_policy, explore,
                       interval, make_prompts, means, one_line_errors, pass_metrics, percent,
                       run_command, sample_texts, share_unsound, unique_correct)
 from model import (RANK, Example, Optimizer, Policy, Sampling, adamw, available_devices, batches,
-                   fit, from_first, join_processes, load, load_network, read_json, save, seed_for,
-                   wait_for_all, write_json, write_whole)
+                   fit, from_first, join_processes, load, load_network, load_policy, read_json,
+                   save, seed_for, wait_for_all, write_json, write_whole)
 from prm import (RewardModel, StepLabels, audit, label_steps, pseudo_answered, random_k,
                  response_rewards, top_k, train_prm)
 from results.report import (announce, make_report, print_line, print_report, write_page,
@@ -506,7 +506,7 @@ class Run:
 def run_stages(cfg, out, command, program="mstar"):
     """All stages of a run, then its arms from the same pi_0 and PRM with equal responses and
     updates; returns the report. Only `program` may go on with the folder."""
-    tokenizer, arms = Tokenizer(), arms_of(cfg)
+    tokenizer, arms = tokenizer_for(cfg.policy), arms_of(cfg)
     try:
         world = build_world(cfg.splits, cfg.world_seed)            # the same for all seeds
     except ValueError as error:                                    # not enough pictures
@@ -517,7 +517,7 @@ def run_stages(cfg, out, command, program="mstar"):
     if cfg.policy == "scratch":
         base = run.network("checkpoint/base", Policy, train_base, world["base"], cfg, run)
     else:
-        base = load_network(cfg.policy, tokenizer, run.device)
+        base = load_policy(cfg.policy, tokenizer, run.device)
     T, prm = cfg.max_new_tokens, None                              # the longest response
     rows = [run.result("checkpoint/test of base", evaluate_policy, "base", base, world, T)]
     lines = []                                                     # of metrics.jsonl
@@ -572,7 +572,10 @@ def check_identity(cfg, out, command, program, world, tokenizer):
     """Write config.json of a new run; exit 2 if the folder was begun with another configuration,
     vocabulary or world: what is saved there would mean something else."""
     base = RECIPES[cfg.recipe]                                     # what a base is made by
-    if cfg.policy != "scratch":
+    if Path(cfg.policy).is_dir():                                  # public weights
+        files = sorted(Path(cfg.policy).glob("*.safetensors"))
+        base = [zlib.crc32(path.read_bytes()) for path in files]
+    elif cfg.policy != "scratch":
         base = read_json(Path(cfg.policy).with_suffix(".json"))["weights"]             # a checksum
     meaning = zlib.crc32(repr((tokenizer.symbols, base, world)).encode())
     identity = {**asdict(cfg), "program": program, "splits": cfg.splits, "world": meaning}
@@ -646,7 +649,7 @@ def check(cfg):
              "--prm_questions, and for --evolve_questions")
     if cfg.policy != "scratch":
         try:
-            size = load_network(cfg.policy, Tokenizer()).config.image_size
+            size = load_policy(cfg.policy, tokenizer_for(cfg.policy)).config.image_size
         except (OSError, ValueError) as error:
             fail(f"--policy: {error}")
         if size % 64:                                              # the canvas has 64 units

@@ -34,7 +34,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from data import Tokenizer, build_world, oracle, sound
+from data import build_world, oracle, sound, tokenizer_for
 from evaluate import (answer_greedily, as_text, auc, find_answer, grade, make_prompts,
                       one_line_errors, percent, run_command, sample_texts, tokens_of)
 from model import (WORKERS, DecoderBlock, Example, Optimizer, Policy, Sampling, adamw, batches,
@@ -369,10 +369,11 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description="Hold the PRM of a run against the oracle.")
     parser.add_argument("run", metavar="runs/NAME", help="the folder of a run")
     parser.error = lambda message: parser.exit(2, f"prm.py: {message}; see --help\n")
-    folder, tokenizer = Path(parser.parse_args(argv).run), Tokenizer()
+    folder = Path(parser.parse_args(argv).run)
     bad_input, began = (ValueError, KeyError, TypeError), time.time()
     with one_line_errors("prm.py", f"{folder}: not the folder of a run with a PRM", *bad_input):
         config = read_json(folder / "config.json")
+        tokenizer = tokenizer_for(config["policy"])
         pi_0 = load_network(folder / "pi_0.safetensors", tokenizer)
         prm = load_network(folder / "prm.safetensors", tokenizer, kind=RewardModel)
         labels = [StepLabels(**label) for label in read_json(folder / "labels.json")["labels"]]

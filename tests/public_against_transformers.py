@@ -1,0 +1,82 @@
+"""
+public_against_transformers.py: load_public beside Hugging Face's own code, on random weights in the
+format of SmolVLM. It is no test; it needs `pip install transformers` on top of requirements.txt.
+
+For tiny networks of both architectures (Idefics3: SmolVLM; SmolVLM: SmolVLM2), and with --full for
+one of the size of SmolVLM-256M: the largest difference between the logits, and whether `sample`,
+with its cache, writes the greedy tokens that their `generate` writes.
+Run:      python tests/public_against_transformers.py TOKENIZER.json [--full]
+"""
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+from transformers import (Idefics3Config, Idefics3ForConditionalGeneration, SmolVLMConfig,
+                          SmolVLMForConditionalGeneration)
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from data import PublicTokenizer                                           # noqa: E402
+from model import Prompt, Sampling, load_public, sample                    # noqa: E402
+
+TINY = dict(vision=dict(hidden_size=64, intermediate_size=256, num_hidden_layers=2,
+                        num_attention_heads=4, image_size=64, patch_size=8),
+            text=dict(hidden_size=48, intermediate_size=100, num_hidden_layers=3,
+                      num_attention_heads=6, num_key_value_heads=2, rope_theta=10_000.0),
+            shuffle=2)
+FULL = dict(vision=dict(hidden_size=768, intermediate_size=3072, num_hidden_layers=12,
+                        num_attention_heads=12, image_size=512, patch_size=16),
+            text=dict(hidden_size=576, intermediate_size=1536, num_hidden_layers=30,
+                      num_attention_heads=9, num_key_value_heads=3, rope_theta=100_000.0),
+            shuffle=4)
+
+def random_weights(config_of, network_of, sizes, tokenizer):
+    """Their network, with random weights large enough that its choices are decided."""
+    torch.manual_seed(0)
+    text = dict(sizes["text"], model_type="llama", vocab_size=len(tokenizer), rms_norm_eps=1e-5,
+                pad_token_id=2, max_position_embeddings=2048)
+    theirs = network_of(config_of(
+        vision_config=sizes["vision"], text_config=text, scale_factor=sizes["shuffle"],
+        image_token_id=tokenizer.ids["<image>"], tie_word_embeddings=False, pad_token_id=2)).eval()
+    with torch.no_grad():
+        for p in theirs.parameters():
+            width = p[0].numel() if p.dim() > 1 else 100
+            p.add_(torch.randn_like(p) * width ** -0.5)
+    return theirs
+
+@torch.no_grad()
+def compare(name, theirs, tokenizer, steps):
+    """Save theirs, read it as ours, and print how far the two are apart."""
+    with tempfile.TemporaryDirectory() as folder:
+        theirs.save_pretrained(folder)
+        ours = load_public(folder, tokenizer)
+    c = ours.config
+    image = torch.randint(0, 256, (c.image_size, c.image_size, 3), dtype=torch.uint8)
+    ids = tokenizer.prompt("What is 3 + 4?")
+    num_image = ours.image_tokens - len(tokenizer.lead)
+    whole = [*tokenizer.lead, *[tokenizer.ids["<image>"]] * num_image, *ids]
+    inputs = dict(
+        input_ids=torch.tensor([whole]), attention_mask=torch.ones(1, len(whole)),
+        pixel_values=(image.permute(2, 0, 1) / 127.5 - 1)[None, None],
+        pixel_attention_mask=torch.ones(1, 1, c.image_size, c.image_size, dtype=torch.bool))
+    expected = theirs(**inputs).logits[:, -len(ids):]
+    logits = ours(image[None], torch.tensor([ids]))
+    difference = (logits - expected).abs().max().item()
+    tokens = theirs.generate(**inputs, max_new_tokens=steps, do_sample=False,
+                             eos_token_id=tokenizer.EOS)[0, len(whole):].tolist()
+    [[response]] = sample(ours, [Prompt(image, ids)], Sampling(1, 0.0, steps, 0))
+    number = sum(p.numel() for p in ours.parameters())
+    print(f"{name}: {number:,} parameters; logits up to {expected.abs().max():.1f} differ by "
+          f"{difference:.1e}; greedy tokens {'equal' if response.tokens == tokens else 'DIFFER'} "
+          f"({len(tokens)})")
+    return difference, response.tokens == tokens
+
+if __name__ == "__main__":
+    tokenizer = PublicTokenizer(sys.argv[1])
+    kinds = {"Idefics3": (Idefics3Config, Idefics3ForConditionalGeneration),
+             "SmolVLM": (SmolVLMConfig, SmolVLMForConditionalGeneration)}
+    for name, kind in kinds.items():
+        compare(f"{name}, tiny", random_weights(*kind, TINY, tokenizer), tokenizer, 24)
+    if "--full" in sys.argv:
+        theirs = random_weights(*kinds["Idefics3"], FULL, tokenizer)
+        compare("Idefics3, 256M", theirs, tokenizer, 12)
