@@ -108,8 +108,8 @@ class Config:
     temperature: str = setting("1.0", "of sampled responses: a number, or adaptive (1.0 at first)")
     adapt_by: str = setting("reward_pass_at_k", "what a sweep maximises, with k = keep_top or all",
                             choices=("reward_pass_at_k", "pass_at_k"))
-    sweeps: int = setting(4, "how often T is adapted, at equal distances; 4: after every half of "
-                          "the questions, as in the paper")
+    sweeps: int = setting(16, "how often T is adapted, at equal distances: every two iterations, "
+                          "as in the paper")
     watches: int = setting(0, "how many validations, at equal distances, measure all temperatures",
                            0)
     epochs: float = setting(2.0, "how often each of them is asked in all", 1e-9)
@@ -324,9 +324,9 @@ def sft(cfg, policy, optimizer, prompts, kept, updates, title, seed=0, fit=fit):
 
 # ---------------------------------------------------------------- 4. validate, and balance
 
-def look_at(cfg, policy, prm, questions, temperatures):
+def look_at(cfg, policy, prm, questions, temperatures, rollouts):
     """`explore` with the settings of a run: the same random numbers at every iteration."""
-    how = Sampling(cfg.monitor_rollouts, temperatures, cfg.max_new_tokens,
+    how = Sampling(rollouts, temperatures, cfg.max_new_tokens,
                    seed_for(cfg.seed, "monitor"))
     reward = partial(response_rewards, prm) if prm else None
     return explore(policy, questions, how, reward)
@@ -339,13 +339,14 @@ def validate(cfg, policy, prm, world, temperature, iteration):
     """Metrics on the validation questions, of a greedy response each and monitor_rollouts sampled
     ones at `temperature`; cfg.watches times also at all temperatures of the grid."""
     questions = world["validation"]
-    looks = look_at(cfg, policy, prm, questions, [0.0, temperature])
+    n = cfg.monitor_rollouts
+    looks = look_at(cfg, policy, prm, questions, [0.0, temperature], n)
     greedy, look = looks[0.0].is_correct[:, 0], looks[temperature]  # (Q,), and [question][n]
     correct, outcomes = unique_correct(questions, look.texts)      # [(question index, text)]
     sampled = list(chain.from_iterable(look.responses))            # all responses in a row
     passes = passes_of(cfg, look)
     metrics = {
-        "greedy_accuracy": float(greedy.mean()), "k": cfg.monitor_rollouts, **means(passes),
+        "greedy_accuracy": float(greedy.mean()), "k": n, **means(passes),
         "by_question": {"greedy": as_text(greedy),
                         "num_correct": as_text(look.is_correct.sum(axis=1)),
                         "reward_pass_at_2": as_text(passes.get("reward_pass_at_2", ()))},
@@ -357,7 +358,7 @@ def validate(cfg, policy, prm, world, temperature, iteration):
     if prm:                                # does the PRM, fixed since pi_0, still know this policy?
         metrics["reward_auc"] = auc(look.is_correct.ravel(), look.rewards.ravel())
     if cfg.watches and iteration % cfg.every(cfg.watches) == 0:
-        looks = look_at(cfg, policy, prm, questions, sorted({temperature, *GRID}))
+        looks = look_at(cfg, policy, prm, questions, sorted({temperature, *GRID}), n)
         looks = {str(t): passes_of(cfg, look) for t, look in looks.items()}
         metrics["watched"] = {
             "surface": {t: means(passes) for t, passes in looks.items()},
@@ -367,9 +368,10 @@ def validate(cfg, policy, prm, world, temperature, iteration):
 def choose_temperature(cfg, policy, prm, world, current):
     """The paper's automatic balancing: (the temperature of the best Reward-Pass@k, or pass@k, over
     the grid on the validation questions; what the sweep found)."""
-    k = min(cfg.keep_top, cfg.rollouts_per_question, cfg.monitor_rollouts)  # the paper: 2
+    L = cfg.rollouts_per_question              # responses, as many as a training question gets
+    k = min(cfg.keep_top, L)                                       # the paper: 2
     aim = "pass_at_k" if cfg.adapt_by == "pass_at_k" else f"reward_pass_at_{k}"
-    looks = look_at(cfg, policy, prm, world["validation"], sorted({current, *GRID}))
+    looks = look_at(cfg, policy, prm, world["validation"], sorted({current, *GRID}), L)
     looks = {t: passes_of(cfg, look) for t, look in looks.items()}
     best, chosen = best_temperature({t: passes[aim] for t, passes in looks.items()}, current)
     gain = looks[best][aim] - looks[current][aim]                  # (Q,)

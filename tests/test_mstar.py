@@ -315,7 +315,8 @@ def test_a_sweep_equals_a_look_at_each_temperature(policy, world, monkeypatch):
         return "correct" if len(text) % 3 == 0 else "wrong"
 
     monkeypatch.setattr(evaluate, "grade", by_length)
-    cfg = config("--monitor_rollouts", "3", "--max_new_tokens", "12", "--watches", "2")
+    cfg = config("--monitor_rollouts", "3", "--max_new_tokens", "12", "--watches", "2",
+                 "--rollouts_per_question", "3")
     torch.manual_seed(3)
     prm = RewardModel(policy.config, policy.tokenizer)
     torch.nn.init.normal_(prm.head.weight)
