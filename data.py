@@ -13,7 +13,6 @@ Run:      python data.py --preview FILE.png      (a contact sheet of all task ty
 import argparse
 import ast
 import itertools
-import json
 import math
 import operator
 import random
@@ -21,7 +20,6 @@ import re
 import signal
 import sys
 import textwrap
-import unicodedata
 import zlib
 from collections import Counter, defaultdict
 from collections.abc import Callable
@@ -638,110 +636,6 @@ class Tokenizer:
         """Where the steps of a response end: at its line breaks and its last token."""
         last = len(tokens) - 1
         return [i for i, token in enumerate(tokens) if token == self.ids["\n"] or i == last]
-
-# What GPT-2's expression cuts a text into, once the digits are out (so that [^\W_] is a letter):
-# endings, words, other signs, white space (not \x1c to \x1f, which `re` takes for it), each with
-# the space before it
-PIECES = re.compile(r"'(?:[sdmt]|ll|ve|re)| ?[^\W_]+| ?(?:[^\w\s]|[_\x1c-\x1f])+"
-                    r"|[^\S\x1c-\x1f]+(?![\S\x1c-\x1f])|[^\S\x1c-\x1f]+")
-
-class PublicTokenizer:
-    """Byte-level BPE from the tokenizer.json of public weights (SmolLM2's: digits one by one), with
-    the methods of Tokenizer. ValueError: a file of another kind."""
-
-    def __init__(self, path):
-        try:
-            about = json.loads(Path(path).read_bytes())
-            model, cuts = about["model"], about["pre_tokenizer"]["pretokenizers"]
-            kinds = [model["type"], *(cut["type"] for cut in cuts), about["normalizer"]]
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{path}: no tokenizer.json") from error
-        if kinds != ["BPE", "Digits", "ByteLevel", None]:
-            raise ValueError(f"{path}: not byte-level BPE with single digits, as SmolLM2's")
-        added = {token["content"]: token["id"] for token in about["added_tokens"]}
-        self.ids = model["vocab"] | added
-        self.symbols = [""] * (1 + max(self.ids.values()))
-        for symbol, i in self.ids.items():
-            self.symbols[i] = symbol
-        merges = [tuple(m.split(" ") if isinstance(m, str) else m) for m in model["merges"]]
-        self.rank = {pair: rank for rank, pair in enumerate(merges)}
-        self.special = set(added.values())
-        longest_first = sorted(map(re.escape, added), key=len, reverse=True)
-        self.added = re.compile(f"({'|'.join(longest_first)})")
-        digits = [chr(i) for i in range(sys.maxunicode) if unicodedata.category(chr(i))[0] == "N"]
-        self.digit = re.compile(f"([{''.join(digits)}])")
-        printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-        others = (byte for byte in range(256) if byte not in printable)
-        self.sign = {byte: chr(byte) for byte in printable}        # each byte has a visible sign
-        self.sign |= {byte: chr(256 + i) for i, byte in enumerate(others)}
-        self.byte = {sign: byte for byte, sign in self.sign.items()}
-        self.has_break = {i for i, symbol in enumerate(self.symbols) if self.sign[10] in symbol}
-        self.chat = "<end_of_utterance>" in self.ids               # SmolVLM; else nanoVLM
-        self.EOS = self.ids["<end_of_utterance>" if self.chat else "<|endoftext|>"]
-        before = "<|im_start|>User:<fake_token_around_image><global-img>"
-        self.lead = tuple(self.encode(before)) if self.chat else ()  # what stands before an image
-
-    def __len__(self):
-        return len(self.symbols)
-
-    def encode(self, text):
-        """Token ids of a text. The few bytes that no text in UTF-8 has are no tokens."""
-        ids = []
-        for part in self.added.split(text):
-            if part in self.ids and self.added.fullmatch(part):
-                ids.append(self.ids[part])
-                continue
-            for i, run in enumerate(self.digit.split(part)):       # every second one is a digit
-                for piece in [run] if i % 2 else PIECES.findall(run):
-                    ids += self._merge(piece)
-        return ids
-
-    @lru_cache(maxsize=100_000)
-    def _merge(self, piece):
-        parts = [self.sign[byte] for byte in piece.encode()]
-        while len(parts) > 1:
-            pairs = list(zip(parts, parts[1:]))
-            best = min(pairs, key=lambda pair: self.rank.get(pair, math.inf))
-            if best not in self.rank:
-                break
-            merged = []
-            for sign in parts:                                     # every occurrence, from the left
-                if merged and (merged[-1], sign) == best:
-                    merged[-1] += sign
-                else:
-                    merged.append(sign)
-            parts = merged
-        return [self.ids[part] for part in parts if part in self.ids]
-
-    def decode(self, ids):
-        """The text of token ids; special tokens are left out."""
-        signs = "".join(self.symbols[i] for i in ids if i not in self.special)
-        return bytes(self.byte[sign] for sign in signs).decode(errors="replace").removeprefix(" ")
-
-    def prompt(self, text, answer=None):
-        """Prompt ids behind the image; with `answer`, the prompt of the paper's warm-up."""
-        if answer is not None:
-            text = f"{text} The answer is {answer}. Explain how to find it."
-        text += ' Reason step by step, one step per line, and end with "answer: " and the number.'
-        if self.chat:
-            return self.encode(f"<fake_token_around_image>{text}<end_of_utterance>\nAssistant:")
-        return self.encode(f"Question: {text} Answer:")
-
-    def response(self, text):
-        """Response ids: the text and the end token."""
-        return [*self.encode(f" {text}"), self.EOS]
-
-    def step_ends(self, tokens):
-        """Where the steps of a response end: at its line breaks and its last token."""
-        last = len(tokens) - 1
-        return [i for i, token in enumerate(tokens) if token in self.has_break or i == last]
-
-def tokenizer_for(policy):
-    """The tokenizer of what --policy names: a folder with public weights, or else our world's.
-    FileNotFoundError, ValueError: as of PublicTokenizer."""
-    if Path(policy).is_dir():
-        return PublicTokenizer(Path(policy) / "tokenizer.json")
-    return Tokenizer()
 
 # ---------------------------------------------------------------- contact sheet
 

@@ -28,9 +28,9 @@ if __name__ == "__main__":
 import numpy as np
 import torch
 
-from data import (READING, TASKS, TESTBEDS, build_world, oracle, render, sound,
-                  tokenizer_for)
+from data import READING, TASKS, TESTBEDS, build_world, oracle, render, sound
 from model import Prompt, Sampling, load_network, progress_bar, read_json, sample, write_json
+from weights.public import tokenizer_for
 
 COLUMNS = ("ID", *TASKS, *TESTBEDS, "OOD")
 

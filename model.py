@@ -17,7 +17,6 @@ import hashlib
 import json
 import math
 import os
-import re
 import sys
 import zlib
 from collections import defaultdict
@@ -32,7 +31,6 @@ import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load as tensors_of_bytes
-from safetensors.torch import load_file
 from safetensors.torch import save as bytes_of_tensors
 from torch import distributed, nn
 from tqdm import tqdm
@@ -492,83 +490,6 @@ def load_network(path, tokenizer, device="cpu", kind=Policy):
         raise ValueError(f"{path}: not a network of this program ({error})") from error
     load(path, network)
     return network.to(device)
-
-# ---------------------------------------------------------------- public weights of the family
-
-def load_policy(path, tokenizer, device="cpu"):
-    """The Policy that --policy names: a file of ours, or a folder with public weights."""
-    if Path(path).is_dir():
-        return load_public(path, tokenizer).to(device)
-    return load_network(path, tokenizer, device)
-
-def load_public(folder, tokenizer):
-    """The Policy of a folder with public weights: config.json and model.safetensors (or shards) of
-    SmolVLM, SmolVLM2 (256M, 500M) or nanoVLM-222M, in fp32. What they do with pictures in tiles is
-    left out: one picture, of one size. FileNotFoundError; ValueError names what does not fit."""
-    folder, tables = Path(folder), Path(__file__).parent / "weights/public_names.json"
-    try:
-        about = json.loads((folder / "config.json").read_bytes())
-        family = "nanovlm" if "lm_hidden_dim" in about else "smolvlm"
-        if family == "smolvlm" and about.get("model_type") not in ("idefics3", "smolvlm"):
-            raise ValueError(f"model_type is {about.get('model_type')!r}")
-        table = json.loads(tables.read_bytes())[family]
-        for place, value in table["fixed"].items():
-            if (other := _place_in(about, place)) not in (None, value):
-                raise ValueError(f"{place} is {other!r}, not {value!r}")
-        sizes = {name: _place_in(about, place) for name, place in table["sizes"].items()}
-        sizes["rope_theta"] = float(sizes["rope_theta"])
-        files, index = ["model.safetensors"], folder / "model.safetensors.index.json"
-        if index.exists():                                         # in shards
-            files = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
-        theirs = {}
-        for file in files:
-            theirs |= load_file(folder / file)
-        theirs.pop("decoder.rotary_embd.inv_freq", None)           # no weight
-        if family == "nanovlm":                                    # tied, kept by either name
-            tied = theirs.pop("decoder.head.weight", None)
-            theirs.setdefault("decoder.token_embedding.weight", tied)
-        sizes["tied"] = f"{table['names']['head']}.weight" not in theirs
-        with torch.device("meta"):
-            policy = Policy(ModelConfig(**sizes, lead=tokenizer.lead), tokenizer)
-        state = {}
-        for name, tensor in policy.state_dict().items():           # taken out of `theirs`
-            state[name] = _public_tensor(name, tensor.shape, table["names"], theirs)
-    except (KeyError, TypeError, ValueError, AttributeError, SafetensorError) as error:
-        raise ValueError(f"{folder}: no SmolVLM or nanoVLM that fits here ({error})") from error
-    if theirs:
-        raise ValueError(f"{folder}: {min(theirs)} has no place in this network")
-    if family == "nanovlm":                                        # its pixels are in [0, 1]
-        half = state["vision.patch.weight"] / 2
-        state["vision.patch.weight"] = half
-        state["vision.patch.bias"] += half.sum(dim=(1, 2, 3))
-    policy.load_state_dict(state, assign=True)
-    return policy
-
-def _place_in(about, places):
-    """The first that is there of "a.b or c.d or 12" in nested dicts, or None."""
-    for place in places.split(" or "):
-        value = int(place) if place.isdecimal() else about
-        for key in place.split(".") if value is about else ():
-            value = value.get(key) if isinstance(value, dict) else None
-        if value is not None:
-            return value
-    return None
-
-def _public_tensor(name, shape, names, theirs):
-    """Our tensor of a name, in fp32, from theirs."""
-    number = "".join(re.findall(r"(?<=blocks\.)\d+", name))
-    stem, _, kind = name.replace(f"blocks.{number}", "blocks.#").rpartition(".")
-    if name == "vision.position":
-        stem, kind = name, ""
-    first, *below = names[stem].replace("#", number).split("+")
-    paths = [first, *(f"{first.rpartition('.')[0]}.{part}" for part in below)]
-    parts = [theirs.pop(f"{path}.{kind}".rstrip(".")) for path in paths]
-    tensor = torch.cat(parts).float()
-    if name == "vision.position":
-        tensor = tensor.flatten(0, -2)                             # nanoVLM: (1, P, C)
-    if tensor.shape != shape:
-        raise ValueError(f"{first}.{kind} is {tuple(tensor.shape)}, not {tuple(shape)}")
-    return tensor
 
 def available_devices():
     """Devices of this machine, the best first."""

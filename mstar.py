@@ -37,18 +37,19 @@ if __name__ == "__main__":
 import numpy as np
 import torch
 
-from data import TESTBEDS, build_world, tokenizer_for
+from data import TESTBEDS, build_world
 from evaluate import (as_text, auc, best_temperature, describe_round, evaluate_policy, explore,
                       interval, make_prompts, means, one_line_errors, pass_metrics, percent,
                       run_command, sample_texts, share_unsound, unique_correct)
 from model import (RANK, Example, Optimizer, Policy, Sampling, adamw, available_devices, batches,
-                   fit, from_first, join_processes, load, load_network, load_policy, read_json,
-                   save, seed_for, wait_for_all, write_json, write_whole)
+                   fit, from_first, join_processes, load, load_network, read_json, save, seed_for,
+                   wait_for_all, write_json, write_whole)
 from prm import (RewardModel, StepLabels, audit, label_steps, pseudo_answered, random_k,
                  response_rewards, top_k, train_prm)
 from results.report import (announce, make_report, print_line, print_report, write_page,
                             write_samples)
 from weights.base import RECIPES, train_base
+from weights.public import load_policy, tokenizer_for
 
 GRID = tuple(round(0.3 + 0.1 * i, 1) for i in range(14))           # a sweep's T: 0.3 .. 1.6
 

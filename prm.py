@@ -34,12 +34,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from data import build_world, oracle, sound, tokenizer_for
+from data import build_world, oracle, sound
 from evaluate import (answer_greedily, as_text, auc, find_answer, grade, make_prompts,
                       one_line_errors, percent, run_command, sample_texts, tokens_of)
 from model import (WORKERS, DecoderBlock, Example, Optimizer, Policy, Sampling, adamw, batches,
                    causal, collate, fit, load_network, my_part, of_all, read_json, seed_for,
                    write_json)
+from weights.public import tokenizer_for
 
 # ---------------------------------------------------------------- step labels
 

@@ -16,8 +16,8 @@ from transformers import (Idefics3Config, Idefics3ForConditionalGeneration, Smol
                           SmolVLMForConditionalGeneration)
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from data import PublicTokenizer                                           # noqa: E402
-from model import Prompt, Sampling, load_public, sample                    # noqa: E402
+from model import Prompt, Sampling, sample                                 # noqa: E402
+from weights.public import PublicTokenizer, load_public                    # noqa: E402
 
 TINY = dict(vision=dict(hidden_size=64, intermediate_size=256, num_hidden_layers=2,
                         num_attention_heads=4, image_size=64, patch_size=8),

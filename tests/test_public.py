@@ -13,9 +13,9 @@ from safetensors.torch import load_file, save_file
 import evaluate
 import mstar
 import prm
-from data import PublicTokenizer, tokenizer_for
 from evaluate import make_prompts
-from model import ModelConfig, Policy, Sampling, load_public, sample, sample_without_cache
+from model import ModelConfig, Policy, Sampling, sample, sample_without_cache
+from weights.public import PublicTokenizer, load_public, tokenizer_for
 
 TESTS = Path(__file__).parent
 TABLES = json.loads((TESTS.parent / "weights/public_names.json").read_bytes())
