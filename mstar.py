@@ -192,7 +192,7 @@ ROW_NAMES = {"pi_0": "pi_0 (warm-up)", "sft": "SFT (direct answers)", "prm": "+ 
              "mstar": "M-STaR"}                                    # others have their own
 PRESETS = {
     "cpu": {},                                                     # the defaults: 2 cores
-    # an eighth of the questions, all of them asked in each of 16 rounds: training saturates (C8, C9)
+    # an eighth of the questions, all asked in each of 16 rounds: training saturates (C8, C9)
     "few": dict(evolve_questions=1000, epochs=16.0, interval=1.0, evolve_updates=3200, sweeps=8),
     "test": dict(policy="scratch", recipe="test", labeled=48, validation=10, test=20, testbed=5,
                  warmup_questions=10, warmup_rollouts=2, warmup_updates=3, prm_questions=20,
