@@ -705,9 +705,9 @@ def main(argv=None):
             write_json(out / "report.json", run_stages(cfg, out, command))
         report = read_json(out / "report.json")                    # as a resumed run reads it
         shutil.rmtree(out / "checkpoint", ignore_errors=True)      # nothing is left to resume
-        write_page(out)
     print_report(report)
-    print(f"wrote {out / 'report.html'}")
+    with one_line_errors("mstar.py", "the result is whole, its page is not", ValueError, KeyError):
+        print(f"wrote {write_page(out)}")
     return report
 
 if __name__ == "__main__":

@@ -142,7 +142,8 @@ def write_page(folder):
     config, metrics = read_json(folder / "config.json"), folder / "metrics.jsonl"
     if (folder / "report.json").exists():
         report = read_json(folder / "report.json")
-    if metrics.exists():
+        lines = report["iterations"]
+    elif metrics.exists():
         lines = [json.loads(line) for line in metrics.read_text().splitlines()]
     rounds = [read_json(path) for path in (folder / "samples").glob("*.json")]
     rounds.sort(key=lambda part: part["iteration"])

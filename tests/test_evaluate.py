@@ -377,7 +377,8 @@ def test_a_report_without_what_is_needed_is_one_clear_error(two_runs, capsys):
 
 def test_a_saved_policy_is_scored_again(policy, tmp_path, capsys):
     splits = {"test": 10, **dict.fromkeys(TESTBEDS, 2)}
-    write_json(tmp_path / "config.json", {"splits": splits, "world_seed": 3, "max_new_tokens": 6})
+    write_json(tmp_path / "config.json", {"splits": splits, "world_seed": 3, "max_new_tokens": 6,
+                                          "policy": "base.safetensors"})
     save(tmp_path / "policy.safetensors", policy)
     evaluate.main([str(tmp_path)])
     shown = capsys.readouterr().out
