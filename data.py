@@ -9,22 +9,27 @@ Read:     drawing -> scenes -> templates -> reasoning and oracle -> splits -> to
 Departs:  questions are made from templates, answers are whole numbers from 1 to 99, pictures are
           4 x 4 cells. The five task types keep MathVista's names; what each asks is our choice.
 Run:      python data.py --preview FILE.png      (a contact sheet of all task types and testbeds)
+          python data.py --check FILE --images DIR      (what a file of real questions holds)
 """
 import argparse
 import ast
 import itertools
+import json
 import math
 import operator
+import os
 import random
 import re
 import signal
 import sys
 import textwrap
+import warnings
 import zlib
 from collections import Counter, defaultdict
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache, partial
+from fractions import Fraction
 from pathlib import Path
 from typing import NamedTuple
 
@@ -54,6 +59,8 @@ class Question:
     slots: dict          # letter of a route -> a fact's name, or a number of the question
     routes: tuple        # equal ways to the answer, such as "(a + b) - c"
     look: str = "plain"  # how it is drawn: plain, style or layout
+    image: str = field(default="", repr=False)                     # of a file: path of its picture
+    choices: tuple = field(default=(), repr=False)                 # and the answers to choose from
 
 # ---------------------------------------------------------------- drawing
 
@@ -585,6 +592,131 @@ def build_world(sizes, seed=0):
                                  "for fewer questions (--labeled)")
     return world
 
+# ---------------------------------------------------------------- questions from files
+
+def read_questions(file, images):
+    """The questions of a file, with pictures in the folder `images`: MathV360K's (a JSON list, or
+    a record per line of a .jsonl) or MathVista's testmini.json (a dict). Returns (list of Question,
+    a Counter of what is wrong with the other records). Pictures are not opened. OSError; ValueError
+    names a file that is no JSON."""
+    file = Path(file)
+    try:
+        text = file.read_text(encoding="utf-8")
+        records = json.loads(text) if file.suffix != ".jsonl" else \
+            list(map(json.loads, text.splitlines()))
+    except ValueError as error:
+        raise ValueError(f"{file}: not JSON ({error})") from error
+    if not isinstance(records, dict | list):
+        raise ValueError(f"{file}: neither a list of records nor a dict of them")
+    is_mathvista = isinstance(records, dict)
+    questions, wrong = [], Counter()
+    for record in records.values() if is_mathvista else records:
+        try:
+            question = (_of_mathvista if is_mathvista else _of_mathv360k)(record, images)
+        except (KeyError, TypeError, AttributeError, IndexError):
+            wrong["records of another shape"] += 1
+            continue
+        inside = Path(os.path.normpath(question.image)).is_relative_to(os.path.normpath(images))
+        if not inside:
+            wrong["pictures outside the folder"] += 1
+        elif not question.answer:
+            wrong["records without an answer"] += 1
+        else:
+            questions.append(question)
+    return questions, wrong
+
+def _of_mathv360k(record, images):
+    """{id, image, conversations: [{value: question, after "<image>", with hint and choices},
+    {value: "The answer is B"}]}; the source is the first folder of the image's path."""
+    image = record["image"][0] if isinstance(record["image"], list) else record["image"]
+    text = record["conversations"][0]["value"].replace("<image>", "").strip()
+    choices = tuple(re.findall(r"^\([A-Z]\) (.*)$", text, re.MULTILINE))
+    gold = re.sub(r"^the answer is:?", "", record["conversations"][1]["value"].strip(), flags=re.I)
+    return Question(str(record["id"]), image.split("/")[0], "", text, normal_answer(gold, choices),
+                    (), {}, {}, (), image=f"{images}/{image}", choices=choices)
+
+def _of_mathvista(record, images):
+    """A record of testmini.json; the gold answer of a choice is its text."""
+    columns = {"figure question answering": "FQA", "geometry problem solving": "GPS",
+               "math word problem": "MWP", "textbook question answering": "TQA",
+               "visual question answering": "VQA"}
+    choices, text = tuple(record["choices"] or ()), record["question"]
+    if record["unit"]:
+        text += f" (Unit: {record['unit']})"
+    if choices:
+        lettered = [f"({chr(65 + i)}) {choice}" for i, choice in enumerate(choices)]
+        text += "\nChoices:\n" + "\n".join(lettered)
+    return Question(record["pid"], columns[record["metadata"]["task"]], "", text,
+                    normal_answer(record["answer"], choices), (), {}, {}, (),
+                    image=f"{images}/{record['image']}", choices=choices)
+
+def normal_answer(text, choices=()):
+    """One form for what means the same: "(b)." and the text of choice B -> "B", "1,000" and
+    "1000.0" -> "1000", " Yes " -> "yes"."""
+    text = " ".join(text.strip().strip("$").rstrip(".").split()).lower()
+    texts = [" ".join(choice.split()).lower() for choice in choices]
+    if letter := re.fullmatch(r"\(?([a-z])\)?", text):
+        if ord(letter[1]) - ord("a") < len(choices):
+            return letter[1].upper()
+    if text in texts:
+        return chr(ord("A") + texts.index(text))
+    if re.fullmatch(r"[+-]?(\d{1,3}(,\d{3})+|\d+)(\.\d+)?|[+-]?\.\d+", text):
+        return str(Fraction(text.replace(",", "")))
+    return text
+
+def open_picture(path, images, size=None, longest=None):
+    """The picture at `path`, (height, width, 3) uint8, transparent parts white: its longest side
+    brought to `longest` (SmolVLM: 2048), then squashed to `size` x `size` (512), where they are
+    given. ValueError names one that is missing, outside of `images`, broken, or a bomb."""
+    try:
+        if not Path(path).resolve().is_relative_to(Path(images).resolve()):
+            raise ValueError(f"outside of {images}")
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            picture = Image.open(path).convert("RGBA")
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError,
+            Image.DecompressionBombWarning) as error:
+        raise ValueError(f"{path}: {error}") from error
+    picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
+    picture = picture.convert("RGB")
+    if longest:
+        ratio = picture.width / picture.height
+        shorter = int(longest / ratio if ratio >= 1 else longest * ratio)
+        shorter += shorter % 2                                     # even, as their processor does
+        sides = (longest, shorter) if ratio >= 1 else (shorter, longest)
+        picture = picture.resize(sides, Image.LANCZOS)
+    if size and picture.size != (size, size):
+        picture = picture.resize((size, size), Image.LANCZOS)
+    return np.array(picture)
+
+def check_file(file, images):
+    """Say what a file of questions holds and what is wrong with it: lines of text."""
+    questions, wrong = read_questions(file, images)
+    pictures, duplicates = {}, 0                                   # checksum of pixels -> path
+    for path in sorted({question.image for question in questions}):
+        try:
+            pixels = zlib.crc32(open_picture(path, images).tobytes())
+        except ValueError:
+            wrong["pictures that cannot be opened"] += 1
+            continue
+        duplicates += pixels in pictures
+        pictures[pixels] = path
+    kinds = Counter()
+    for question in questions:
+        if re.fullmatch(r"-?\d+(/\d+)?", question.answer):
+            kinds["number"] += 1
+        else:
+            kinds["letter" if question.answer.isupper() else "text"] += 1  # other texts are lower
+    lines = [f"{len(questions):,} questions on {len(pictures):,} different pictures, {duplicates:,} "
+             f"files with the pixels of another; answers: {dict(kinds.most_common())}"]
+    lines += [f"  {source}: {n:,}" for source, n in
+              Counter(question.task for question in questions).most_common()]
+    lines += [f"left out: {n:,} {what}" for what, n in wrong.items()]
+    if questions:
+        lines += [f"for example {questions[0].id}, {questions[0].image}:", questions[0].text,
+                  f"gold answer: {questions[0].answer}"]
+    return lines
+
 # ---------------------------------------------------------------- tokenizer
 
 class Tokenizer:
@@ -668,12 +800,23 @@ def write_preview(path):
         raise
 
 def main(argv=None):
-    """Command line of this file: --preview FILE.png."""
+    """Command line of this file: --preview FILE.png, or --check FILE --images DIR."""
     parser = argparse.ArgumentParser(description="The world of visual math: look at it.")
-    parser.add_argument("--preview", metavar="FILE.png", required=True, type=Path,
-                        help="write a contact sheet of all task types and testbeds")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--preview", metavar="FILE.png", type=Path,
+                      help="write a contact sheet of all task types and testbeds")
+    what.add_argument("--check", metavar="FILE", help="say what a file of questions holds: of "
+                      "MathV360K (.json, .jsonl) or MathVista's testmini.json")
+    parser.add_argument("--images", metavar="DIR", default=".", help="where its pictures are")
     parser.error = lambda message: parser.exit(2, f"data.py: {message}; see --help\n")
-    path = parser.parse_args(argv).preview
+    flags = parser.parse_args(argv)
+    if flags.check:
+        try:
+            print("\n".join(check_file(flags.check, flags.images)))
+        except (OSError, ValueError) as error:
+            parser.exit(2, f"data.py: --check: {error}\n")
+        return
+    path = flags.preview
     if path.suffix.lower() != ".png" or not path.parent.is_dir():
         parser.exit(2, f"data.py: --preview {path}: must end in .png, in a folder that exists\n")
     try:
