@@ -4,7 +4,7 @@ data.py: a small world of visual math: pictures, questions, reasoning texts, an 
 Paper (arXiv 2412.17451v3): the place of MathV360K (training questions, half of them unlabeled) and
     of MathVista (out-of-domain test, task types FQA, GPS, MWP, TQA, VQA). Those need a pretrained
     2-8B model; this world is learned from nothing in minutes, and its generator knows every fact
-    of every picture.
+    of every picture. Files of the two can be read and checked; the loop does not use them yet.
 Read:     drawing -> scenes -> templates -> reasoning and oracle -> splits -> tokenizer  (bottom-up)
 Departs:  questions are made from templates, answers are whole numbers from 1 to 99, pictures are
           4 x 4 cells. The five task types keep MathVista's names; what each asks is our choice.
@@ -706,11 +706,13 @@ def check_file(file, images):
         if re.fullmatch(r"-?\d+(/\d+)?", question.answer):
             kinds["number"] += 1
         else:
-            kinds["letter" if question.answer.isupper() else "text"] += 1  # other texts are lower
-    lines = [f"{len(questions):,} questions on {len(pictures):,} different pictures, {duplicates:,} "
-             f"files with the pixels of another; answers: {dict(kinds.most_common())}"]
-    lines += [f"  {source}: {n:,}" for source, n in
-              Counter(question.task for question in questions).most_common()]
+            is_letter = question.answer.isupper()                  # other texts are lower
+            kinds["letter" if is_letter else "text"] += 1
+    lines = [f"{len(questions):,} questions on {len(pictures):,} different pictures, "
+             f"{duplicates:,} files with the pixels of another; answers: "
+             f"{dict(kinds.most_common())}"]
+    sources = Counter(question.task for question in questions)
+    lines += [f"  {source}: {n:,}" for source, n in sources.most_common()]
     lines += [f"left out: {n:,} {what}" for what, n in wrong.items()]
     if questions:
         lines += [f"for example {questions[0].id}, {questions[0].image}:", questions[0].text,

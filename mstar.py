@@ -9,7 +9,8 @@ Paper (arXiv 2412.17451v3, "Diving into Self-Evolving Training for Multimodal Re
 Read:     Config, METHODS -> self_evolve (the paper's algorithm) -> what it calls -> the stages
           before it (warm-up, PRM) -> a run and its folder -> command line
 Departs:  the base is our own, of 0.8 M parameters (weights/base.py), the paper's a pretrained LMM;
-          learning rates are larger (there 1e-6, for 8B); training is counted in updates. Smaller
+          learning rates are larger (there 1e-6, for 8B), rounds smaller (6.25 % of the questions,
+          there 25 %, chosen on validation); training is counted in updates. Smaller
           ones are named where they are made: best_temperature, pass_metrics, reward_of,
           questions_for_iteration.
 Run:      python mstar.py [--preset cpu|gpu|test] [--method mstar] [--seed N] [--out runs/NAME] ...
@@ -74,8 +75,8 @@ class Config:
     test: int = setting(750, "in-domain test questions", 5)
     testbed: int = setting(250, "questions of each out-of-domain testbed")
     # the base policy
-    policy: str = setting("weights/base.safetensors", "what --method base wrote; or scratch: made "
-                          "first")
+    policy: str = setting("weights/base.safetensors", "what --method base wrote; a folder with "
+                          "public weights; or scratch: made first")
     recipe: str = setting("cpu", "how a base is made from scratch", choices=tuple(RECIPES))
     # warm-up
     warmup_questions: int = setting(2000, "labeled questions that the base explains, given answers")
