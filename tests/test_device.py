@@ -189,15 +189,14 @@ def test_batches_fit_into_the_memory_of_a_gpu(policy, monkeypatch):
     assert rows[0] < rows[1] < rows[2]
 
 
-@pytest.mark.parametrize("processes", [2])
-def test_several_processes_do_what_one_does(processes, tmp_path):
+def test_several_processes_do_what_one_does(tmp_path):
     """Bit for bit: each response has its own random numbers, and two summands have one sum."""
     project = Path(model.__file__).parent
     flags = ["mstar.py", "--preset", "test", "--method", "mstar", "--policy",
              "weights/base.safetensors", "--labeled", "20", "--warmup_questions", "8",
              "--prm_questions", "8", "--validation", "4", "--testbed", "2", "--epochs", "0.5",
              "--rollouts_per_question", "4", "--max_new_tokens", "32"]
-    run = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes)]
+    run = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     for name, start in (("one", [sys.executable]), ("several", run)):
         subprocess.run([*start, *flags, "--out", tmp_path / name], cwd=project, env=environment,
