@@ -4,12 +4,12 @@ data.py: a small world of visual math: pictures, questions, reasoning texts, an 
 Paper (arXiv 2412.17451v3): the place of MathV360K (training questions, half of them unlabeled) and
     of MathVista (out-of-domain test, task types FQA, GPS, MWP, TQA, VQA). Those need a pretrained
     2-8B model; this world is learned from nothing in minutes, and its generator knows every fact
-    of every picture. Files of the two can be read and checked; the loop does not use them yet.
+    of every picture. Files of the two can take its place: see read_world.
 Read:     drawing -> scenes -> templates -> reasoning and oracle -> splits -> tokenizer  (bottom-up)
 Departs:  questions are made from templates, answers are whole numbers from 1 to 99, pictures are
           4 x 4 cells. The five task types keep MathVista's names; what each asks is our choice.
 Run:      python data.py --preview FILE.png      (a contact sheet of all task types and testbeds)
-          python data.py --check FILE --images DIR      (what a file of real questions holds)
+          python data.py --check FILE --images DIR [--testbed FILE]      (what files hold)
 """
 import argparse
 import ast
@@ -27,9 +27,10 @@ import warnings
 import zlib
 from collections import Counter, defaultdict
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from decimal import Decimal
 from functools import lru_cache, partial
-from fractions import Fraction
 from pathlib import Path
 from typing import NamedTuple
 
@@ -39,6 +40,7 @@ if __name__ == "__main__":
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+warnings.simplefilter("ignore", Image.DecompressionBombWarning)    # open_picture refuses them
 TASKS = ("FQA", "GPS", "MWP", "TQA", "VQA")                        # MathVista's columns
 TESTBEDS = ("style", "size", "layout", "compose", "wording")       # out of domain, one shift each
 OPERATIONS = {"+": operator.add, "-": operator.sub, "*": operator.mul}
@@ -53,14 +55,16 @@ class Question:
     task: str            # one of TASKS
     template: str        # name of the template that made it
     text: str
-    answer: int
-    drawing: tuple       # primitives, see `render`
-    facts: dict          # everything that can be read off the picture: subject -> number
-    slots: dict          # letter of a route -> a fact's name, or a number of the question
-    routes: tuple        # equal ways to the answer, such as "(a + b) - c"
+    answer: int          # of a file: text in the form of `normal_answer`
+    drawing: tuple = ()  # primitives, see `render`
+    facts: dict = field(default_factory=dict)  # what can be read off the picture: subject -> number
+    slots: dict = None   # letter of a route -> a fact's name, or a number of the question
+    routes: tuple = ()   # equal ways to the answer, such as "(a + b) - c"
     look: str = "plain"  # how it is drawn: plain, style or layout
-    image: str = field(default="", repr=False)                     # of a file: path of its picture
-    choices: tuple = field(default=(), repr=False)                 # and the answers to choose from
+    # of a question from a file, which has no drawing and no known facts
+    image: str = ""      # path of its picture
+    choices: tuple = ()  # the answers to choose from
+    record: dict = field(default=None, repr=False)                 # MathVista's, for its own score
 
 # ---------------------------------------------------------------- drawing
 
@@ -594,6 +598,56 @@ def build_world(sizes, seed=0):
 
 # ---------------------------------------------------------------- questions from files
 
+def world_of(config):
+    """The world of a run, {split: list of Question}, from what its config.json says: our own, or
+    questions from files. Errors: as of build_world and read_world."""
+    if not config["data"]:
+        return build_world(config["splits"], config["world_seed"])
+    return read_world(config["data"], config["images"], config["testbed"], config["splits"],
+                      config["world_seed"], config["skip_missing"])
+
+def read_world(file, images, testbed, sizes, seed=0, skip_missing=False):
+    """Splits like those of `build_world`, of the questions in a file (MathV360K's) and, if named,
+    those of a `testbed` (MathVista's testmini.json), whose five tasks become testbeds.
+
+    By picture, so that none is in two splits: first test and validation, then half of the rest
+    labeled, half unlabeled, as in the paper. Pictures of the testbed are left out. Who has splits
+    already gives the records ids such as test/0: those stay in that split, in order. OSError.
+    ValueError says what is missing or wrong; with `skip_missing` that is left out."""
+    questions, wrong = read_questions(file, images)
+    tests, wrong_tests = read_questions(testbed, images) if testbed else ([], Counter())
+    checksums, bad = checksums_of(questions + tests, images)
+    wrong += wrong_tests + Counter({"pictures that cannot be opened": len(bad)})
+    if wrong and not skip_missing:
+        raise ValueError(f"{file}: {dict(wrong)} {bad[:1]}; leave them out by --skip_missing 1")
+    splits = {split: [] for split in (*SPLITS, *TASKS)}
+    for question in tests:
+        if question.image in checksums:
+            splits[question.task].append(question)
+    tested = {checksums[question.image] for task in TASKS for question in splits[task]}
+    by_picture, left_out = defaultdict(list), 0
+    for question in questions:
+        split, picture = question.id.partition("/")[0], checksums.get(question.image)
+        if picture in tested:
+            left_out += 1
+        elif split in SPLITS and picture:
+            splits[split].append(question)
+        elif picture:
+            by_picture[picture].append(question)
+    pictures = random.Random(f"{seed}/files").sample(sorted(by_picture), len(by_picture))
+    for split in ("test", "validation"):
+        while len(splits[split]) < sizes[split] and pictures:
+            splits[split] += by_picture[pictures.pop()]
+    for i, picture in enumerate(pictures):
+        splits[("labeled", "unlabeled")[i % 2]] += by_picture[picture]
+    print(f"data      {file}: {len(questions):,} questions on {len(set(checksums.values())):,} "
+          f"pictures; left out: {left_out:,} on pictures of the testbed, {dict(wrong)}", flush=True)
+    for split in ("test", "validation", "labeled", "unlabeled"):
+        if len(splits[split]) < sizes[split]:
+            raise ValueError(f"{file}: {len(splits[split]):,} questions for the split {split}: ask "
+                             f"for fewer than {sizes[split]:,} (--test, --validation, --labeled)")
+    return {split: some[:sizes.get(split)] for split, some in splits.items() if some}
+
 def read_questions(file, images):
     """The questions of a file, with pictures in the folder `images`: MathV360K's (a JSON list, or
     a record per line of a .jsonl) or MathVista's testmini.json (a dict). Returns (list of Question,
@@ -613,7 +667,7 @@ def read_questions(file, images):
     for record in records.values() if is_mathvista else records:
         try:
             question = (_of_mathvista if is_mathvista else _of_mathv360k)(record, images)
-        except (KeyError, TypeError, AttributeError, IndexError):
+        except (KeyError, TypeError, AttributeError, IndexError, ValueError):
             wrong["records of another shape"] += 1
             continue
         inside = Path(os.path.normpath(question.image)).is_relative_to(os.path.normpath(images))
@@ -632,50 +686,84 @@ def _of_mathv360k(record, images):
     text = record["conversations"][0]["value"].replace("<image>", "").strip()
     choices = tuple(re.findall(r"^\([A-Z]\) (.*)$", text, re.MULTILINE))
     gold = re.sub(r"^the answer is:?", "", record["conversations"][1]["value"].strip(), flags=re.I)
-    return Question(str(record["id"]), image.split("/")[0], "", text, normal_answer(gold, choices),
-                    (), {}, {}, (), image=f"{images}/{image}", choices=choices)
+    return Question(str(record["id"]), image.split("/")[0].replace(" ", "_"), "", text,
+                    normal_answer(gold, choices), image=f"{images}/{image}", choices=choices)
+
+HINTS = {                                      # MathVista's, by type of answer and precision
+    "text": "and provide the correct option letter, e.g., A, B, C, D,",
+    "integer": "requiring an integer answer and provide the final value, e.g., 1, 2, 3,",
+    "float1": "requiring a floating-point number with one decimal place and provide the final "
+              "value, e.g., 1.2, 1.3, 1.4,",
+    "float2": "requiring a floating-point number with two decimal places and provide the final "
+              "value, e.g., 1.23, 1.34, 1.45,",
+    "list": "requiring a Python list as an answer and provide the final list, e.g., [1, 2, 3], "
+            "[1.2, 1.3, 1.4],"}
 
 def _of_mathvista(record, images):
-    """A record of testmini.json; the gold answer of a choice is its text."""
+    """A record of testmini.json, asked in the order of its query.json (hint, question, unit,
+    choices); the gold answer of a choice is its text."""
     columns = {"figure question answering": "FQA", "geometry problem solving": "GPS",
                "math word problem": "MWP", "textbook question answering": "TQA",
                "visual question answering": "VQA"}
-    choices, text = tuple(record["choices"] or ()), record["question"]
+    choices, gold = tuple(record["choices"] or ()), record["answer"]
+    kind = "text" if choices else record["answer_type"]
+    if kind == "float":
+        kind += str(int(record["precision"]))
+    text = f"Hint: Please answer the question {HINTS[kind]} at the end."
+    text += f"\nQuestion: {record['question']}"
     if record["unit"]:
         text += f" (Unit: {record['unit']})"
     if choices:
         lettered = [f"({chr(65 + i)}) {choice}" for i, choice in enumerate(choices)]
         text += "\nChoices:\n" + "\n".join(lettered)
-    return Question(record["pid"], columns[record["metadata"]["task"]], "", text,
-                    normal_answer(record["answer"], choices), (), {}, {}, (),
-                    image=f"{images}/{record['image']}", choices=choices)
+        gold = chr(65 + choices.index(gold))
+    return Question(f"MathVista/{record['pid']}", columns[record["metadata"]["task"]], "", text,
+                    normal_answer(gold, choices), image=f"{images}/{record['image']}",
+                    choices=choices, record=record)
 
 def normal_answer(text, choices=()):
-    """One form for what means the same: "(b)." and the text of choice B -> "B", "1,000" and
-    "1000.0" -> "1000", " Yes " -> "yes"."""
+    """One form for what means the same: "(b).", "B. 5 cm" and the text of choice B -> "B", "1,000"
+    and "1000.0" -> "1000", " Yes " -> "yes"."""
     text = " ".join(text.strip().strip("$").rstrip(".").split()).lower()
     texts = [" ".join(choice.split()).lower() for choice in choices]
-    if letter := re.fullmatch(r"\(?([a-z])\)?", text):
-        if ord(letter[1]) - ord("a") < len(choices):
-            return letter[1].upper()
+    if letter := re.fullmatch(r"\(?([a-z])\)?|\(?([a-z])[).:].*", text):
+        number = ord(letter[1] or letter[2]) - ord("a")
+        if number < len(choices):
+            return chr(ord("A") + number)
     if text in texts:
         return chr(ord("A") + texts.index(text))
-    if re.fullmatch(r"[+-]?(\d{1,3}(,\d{3})+|\d+)(\.\d+)?|[+-]?\.\d+", text):
-        return str(Fraction(text.replace(",", "")))
+    if re.fullmatch(r"[+-]?(\d{1,3}(,\d{3})+|\d+)(\.\d*)?|[+-]?\.\d+", text, re.ASCII):
+        return f"{Decimal(text.replace(',', '')).normalize():f}"
     return text
 
-def open_picture(path, images, size=None, longest=None):
+def checksums_of(questions, images):
+    """({path: checksum of the pixels} of the pictures of questions, a list of what is wrong with
+    the others). Each is opened once, on all cores."""
+    def checksum(path):
+        try:
+            pixels = open_picture(path, images)
+            return zlib.crc32(pixels.tobytes(), len(pixels))
+        except ValueError as error:
+            return str(error)
+
+    paths = sorted({question.image for question in questions})
+    with ThreadPoolExecutor() as pool:
+        found = dict(zip(paths, pool.map(checksum, paths)))
+    return ({path: number for path, number in found.items() if isinstance(number, int)},
+            [error for error in found.values() if isinstance(error, str)])
+
+def open_picture(path, images=None, size=None, longest=None):
     """The picture at `path`, (height, width, 3) uint8, transparent parts white: its longest side
     brought to `longest` (SmolVLM: 2048), then squashed to `size` x `size` (512), where they are
     given. ValueError names one that is missing, outside of `images`, broken, or a bomb."""
     try:
-        if not Path(path).resolve().is_relative_to(Path(images).resolve()):
+        if images and not Path(path).resolve().is_relative_to(Path(images).resolve()):
             raise ValueError(f"outside of {images}")
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            picture = Image.open(path).convert("RGBA")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError,
-            Image.DecompressionBombWarning) as error:
+        picture = Image.open(path)                                 # its head only
+        if picture.width * picture.height > Image.MAX_IMAGE_PIXELS:
+            raise ValueError(f"{picture.width} x {picture.height} pixels are too many")
+        picture = picture.convert("RGBA")
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise ValueError(f"{path}: {error}") from error
     picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
     picture = picture.convert("RGB")
@@ -689,31 +777,36 @@ def open_picture(path, images, size=None, longest=None):
         picture = picture.resize((size, size), Image.LANCZOS)
     return np.array(picture)
 
-def check_file(file, images):
+@lru_cache(maxsize=4096)                                           # 3 GB at 512 pixels
+def picture_of(path, size):
+    """A picture from a file as a policy of this image size sees it. SmolVLM, of 512 pixels, was
+    trained on pictures that were first brought to 2048."""
+    return open_picture(path, size=size, longest=2048 if size == 512 else None)
+
+def check_file(file, images, testbed=""):
     """Say what a file of questions holds and what is wrong with it: lines of text."""
     questions, wrong = read_questions(file, images)
-    pictures, duplicates = {}, 0                                   # checksum of pixels -> path
-    for path in sorted({question.image for question in questions}):
-        try:
-            pixels = zlib.crc32(open_picture(path, images).tobytes())
-        except ValueError:
-            wrong["pictures that cannot be opened"] += 1
-            continue
-        duplicates += pixels in pictures
-        pictures[pixels] = path
+    checksums, bad = checksums_of(questions, images)
+    pictures = set(checksums.values())
     kinds = Counter()
     for question in questions:
-        if re.fullmatch(r"-?\d+(/\d+)?", question.answer):
+        if re.fullmatch(r"-?\d+(\.\d+|/\d+)?", question.answer):
             kinds["number"] += 1
         else:
             is_letter = question.answer.isupper()                  # other texts are lower
             kinds["letter" if is_letter else "text"] += 1
     lines = [f"{len(questions):,} questions on {len(pictures):,} different pictures, "
-             f"{duplicates:,} files with the pixels of another; answers: "
+             f"{len(checksums) - len(pictures):,} files with the pixels of another; answers: "
              f"{dict(kinds.most_common())}"]
     sources = Counter(question.task for question in questions)
     lines += [f"  {source}: {n:,}" for source, n in sources.most_common()]
+    wrong += Counter({"pictures that cannot be opened": len(bad)})
     lines += [f"left out: {n:,} {what}" for what, n in wrong.items()]
+    lines += bad[:3]
+    if testbed:
+        tested, _ = checksums_of(read_questions(testbed, images)[0], images)
+        shared = pictures & set(tested.values())
+        lines.append(f"left out: {len(shared):,} pictures that are in {testbed}, too")
     if questions:
         lines += [f"for example {questions[0].id}, {questions[0].image}:", questions[0].text,
                   f"gold answer: {questions[0].answer}"]
@@ -756,8 +849,9 @@ class Tokenizer:
         text = " ".join(self.symbols[i] for i in ids if i > self.EOS)
         return re.sub(r" ?\n ?", "\n", re.sub(r" ([.,:?])", r"\1", text))
 
-    def prompt(self, text, answer=None):
-        """Prompt ids of a question's text; with `answer`, the prompt of the paper's warm-up."""
+    def prompt(self, text, answer=None, direct=False):
+        """Prompt ids of a question's text; with `answer`, the prompt of the paper's warm-up.
+        `direct`: asked for no steps, which our base has no words for."""
         if answer is not None:
             text = f"{text} the answer is {answer}."
         return [self.BOS, *self.encode(text), self.SEP]
@@ -810,11 +904,13 @@ def main(argv=None):
     what.add_argument("--check", metavar="FILE", help="say what a file of questions holds: of "
                       "MathV360K (.json, .jsonl) or MathVista's testmini.json")
     parser.add_argument("--images", metavar="DIR", default=".", help="where its pictures are")
+    parser.add_argument("--testbed", metavar="FILE", default="", help="count the pictures that are "
+                        "in this file, too")
     parser.error = lambda message: parser.exit(2, f"data.py: {message}; see --help\n")
     flags = parser.parse_args(argv)
     if flags.check:
         try:
-            print("\n".join(check_file(flags.check, flags.images)))
+            print("\n".join(check_file(flags.check, flags.images, flags.testbed)))
         except (OSError, ValueError) as error:
             parser.exit(2, f"data.py: --check: {error}\n")
         return

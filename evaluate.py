@@ -6,7 +6,8 @@ Paper (arXiv 2412.17451v3): the binary reward 1(a == a*) (section on the reward 
     test; MathVista's task types; out-of-domain benchmarks).
 Read:     evaluate_policy -> answer_greedily -> grade -> the statistics -> compare   (top-down)
 Departs:  the in-domain test carries the task columns (the paper gives them for MathVista); the
-          out-of-domain columns are our five testbeds. Answers are numbers. Intervals are ours.
+          out-of-domain columns are our five testbeds; of questions from files they are MathVista's
+          task types, scored by our grade and by MathVista's own rules. Intervals are ours.
 Run:      python evaluate.py runs/NAME               (score a saved policy again)
           python evaluate.py runs/A runs/B           (compare finished runs with the first)
 """
@@ -17,8 +18,9 @@ import re
 import signal
 import sys
 from collections import Counter, defaultdict
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,47 +30,62 @@ if __name__ == "__main__":
 import numpy as np
 import torch
 
-from data import READING, TASKS, TESTBEDS, build_world, oracle, render, sound
+from data import (READING, TASKS, TESTBEDS, normal_answer, oracle, picture_of, render,
+                  sound, world_of)
 from model import Prompt, Sampling, load_network, progress_bar, read_json, sample, write_json
 from weights.public import tokenizer_for
 
-COLUMNS = ("ID", *TASKS, *TESTBEDS, "OOD")
-
 # ---------------------------------------------------------------- a row of the result table
 
-def evaluate_policy(name, policy, world, max_new_tokens):
+def testbeds_of(world):
+    """Names of a world's testbeds: ours, or the tasks of MathVista."""
+    return [split for split in world if split in TESTBEDS or split in TASKS]
+
+def evaluate_policy(name, policy, world, max_new_tokens, direct=False):
     """Greedy accuracy of a policy on the in-domain test, by task, and on every testbed: one row of
-    the result table: {name, id: {all, FQA, ...}, ood: {style, ..., all} (the mean of the testbeds),
+    the result table: {name, id: {all, FQA, ...}, ood: {style, ..., all} (all their questions),
     ci95 (id and ood as bootstrap intervals over questions), unparseable, unsound, readings,
-    graded}; accuracies in [0, 1].
+    official, graded}; accuracies in [0, 1]. `direct`: asked for the answer without steps.
 
     unsound: by the oracle, of the correct responses to the test. readings: {split: the share of
-    written readings that are true}, which is how well it sees. graded: a letter per question (c
-    correct, w wrong, u unparseable), for paired comparisons."""
-    graded, readings, unsound = {}, {}, None
-    for split in ("test", *TESTBEDS):
+    written readings that are true}, which is how well it sees. official: like ood, by the rules of
+    MathVista. graded: a letter per question (c correct, w wrong, u unparseable), for paired
+    comparisons. What is not known of questions from files is None."""
+    graded, readings, unsound, official, beds = {}, {}, None, {}, testbeds_of(world)
+    for split in ("test", *beds):
         questions = world[split]
-        texts, grades = answer_greedily(policy, questions, max_new_tokens, f"{name}: {split}")
+        texts, grades = answer_greedily(policy, questions, max_new_tokens, f"{name}: {split}",
+                                        direct)
         graded[split] = "".join(outcome[0] for outcome in grades)  # their first letters
         readings[split] = true_readings(questions, texts)
         if split == "test":
             correct = [(i, text) for i, text in enumerate(texts) if grades[i] == "correct"]
             unsound = share_unsound(questions, correct)
+        elif questions[0].record:
+            pairs = zip(questions, texts)
+            official[split] = [is_official(text, question.record) for question, text in pairs]
     on_test = {"all": correct_in(graded["test"])}                  # column -> (questions,) 0 or 1
     for task in TASKS:
         of_task = [question.task == task for question in world["test"]]
-        on_test[task] = on_test["all"][of_task]                    # a column of the paper
-    on_bed = {bed: correct_in(graded[bed]) for bed in TESTBEDS}    # each (questions,)
-    ood, ood_ci95 = accuracies(on_bed)
-    ood["all"], ood_ci95["all"] = float(np.mean(list(ood.values()))), interval(*on_bed.values())
-    id, id_ci95 = accuracies(on_test)
+        if any(of_task) and task not in beds:
+            on_test[task] = on_test["all"][of_task]                # a column of the paper
+    on_bed = {bed: correct_in(graded[bed]) for bed in beds}        # each (questions,)
+    (id, id_ci95), (ood, ood_ci95) = accuracies(on_test), accuracies(on_bed)
+    if beds:                                                       # over all of their questions
+        ood["all"] = float(np.concatenate(list(on_bed.values())).mean())
+        ood_ci95["all"] = interval(*on_bed.values())
+    if official:
+        official["all"] = [is_right for of_bed in official.values() for is_right in of_bed]
     return {"name": name, "id": id, "ood": ood, "ci95": {"id": id_ci95, "ood": ood_ci95},
             "unparseable": graded["test"].count("u") / len(graded["test"]), "unsound": unsound,
-            "readings": readings, "graded": graded}
+            "readings": readings, "official": means(official) or None, "graded": graded}
 
 def true_readings(questions, texts):
-    """The share of true ones among the lines that read something off the picture; None of none."""
+    """The share of true ones among the lines that read something off the picture; None of none, and
+    of questions from files, whose pictures nobody has described."""
     verdicts = []
+    if not questions[0].facts:
+        return None
     for question, text in zip(questions, texts):
         for line, is_true in zip(text.split("\n"), oracle(question, text)):
             if READING.fullmatch(line):
@@ -76,7 +93,10 @@ def true_readings(questions, texts):
     return sum(verdicts) / len(verdicts) if verdicts else None
 
 def share_unsound(questions, responses):
-    """Share of [(question index, text)] that the oracle does not call sound; 0 of none."""
+    """Share of [(question index, text)] that the oracle does not call sound; 0 of none. None where
+    there is no oracle: of questions from files."""
+    if not questions[0].facts:
+        return None
     return sum(not sound(questions[i], text) for i, text in responses) / max(1, len(responses))
 
 def correct_in(letters):
@@ -88,14 +108,17 @@ def accuracies(columns):
     return ({column: float(values.mean()) for column, values in columns.items()},
             {column: interval(values) for column, values in columns.items()})
 
-def make_prompts(policy, questions, with_answer=False):
-    """Prompts of questions: the picture and the question, and with `with_answer` the gold answer
-    (the paper's warm-up)."""
-    prompts = []
+def make_prompts(policy, questions, with_answer=False, direct=False):
+    """Prompts of questions: the picture (one from a file: a function that opens it) and the
+    question, and with `with_answer` the gold answer (the paper's warm-up)."""
+    prompts, size = [], policy.config.image_size
     for question in questions:
-        image = torch.from_numpy(render(question, policy.config.image_size))
+        if question.image:
+            image = partial(picture_of, question.image, size)
+        else:
+            image = torch.from_numpy(render(question, size))
         answer = question.answer if with_answer else None          # gold, in the prompt
-        prompts.append(Prompt(image, policy.tokenizer.prompt(question.text, answer)))
+        prompts.append(Prompt(image, policy.tokenizer.prompt(question.text, answer, direct)))
     return prompts
 
 def sample_texts(policy, prompts, how, title, prefixes=None):
@@ -113,37 +136,105 @@ def tokens_of(responses):
     """[question][rollout] of Response -> the same of token lists."""
     return [[response.tokens for response in group] for group in responses]
 
-def answer_greedily(policy, questions, max_new_tokens, title):
+def answer_greedily(policy, questions, max_new_tokens, title, direct=False):
     """(the greedy response to each question, its grade)."""
     how = Sampling(1, 0.0, max_new_tokens, seed=0)                 # temperature 0
-    texts, _ = sample_texts(policy, make_prompts(policy, questions), how, title)
+    prompts = make_prompts(policy, questions, direct=direct)
+    texts, _ = sample_texts(policy, prompts, how, title)
     texts = [text for (text,) in texts]
-    return texts, [grade(text, question.answer) for text, question in zip(texts, questions)]
+    return texts, [grade(text, question) for text, question in zip(texts, questions)]
 
-NUMBER = r"[+-]?(?:[0-9]{1,30}(?:\.[0-9]{0,30})?|\.[0-9]{1,30})"   # longer ones are no answers
-ANSWER_AT_END = re.compile(rf"answer:[ \t]*+({NUMBER})[ \t]*+\.?\s*+\Z",        # *+: no second try
-                           re.IGNORECASE)
+# ---------------------------------------------------------------- is an answer correct
 
-def grade(text, gold):
+BEFORE_ANSWER = re.compile(r"answer(?:\s+is\b)?\s*:|answer\s+is\b", re.IGNORECASE)
+INTEGER = r"[0-9]{1,3}(?:,[0-9]{3}){1,9}|[0-9]{1,30}"              # longer ones are no answers
+NUMBER = re.compile(rf"[ \t]*+\$?([+-]?(?:(?:{INTEGER})(?:\.[0-9]{{0,30}}|/0*+[1-9][0-9]{{0,29}})?"
+                    r"|\.[0-9]{1,30}))[ \t]*+(?:%|°|degrees|years|[cmk]?m|k?g|ft)?\$?\.?\s*+")
+
+def grade(text, question):
     """Binary reward 1(a == a*), with a third outcome: "correct", "wrong" or "unparseable", which is
-    counted apart everywhere. Answers are compared by value: 7, 7.0 and 07 agree."""
-    answer = find_answer(text)
+    counted apart everywhere. Numbers are compared by value: 7, 7.0 and 07 agree."""
+    answer = find_answer(text, question)
     if answer is None:                                             # is counted apart
         return "unparseable"
-    return "correct" if answer == Fraction(gold) else "wrong"      # 1(a == a*)
+    return "correct" if answer == gold_of(question) else "wrong"   # 1(a == a*)
 
-def find_answer(text):
-    """The number after the last "answer:", after which nothing may follow, as a Fraction; None if
-    there is no such number."""
-    match = ANSWER_AT_END.search(text)                             # at the end, so it is the last
-    return Fraction(match[1]) if match else None
+def gold_of(question):
+    """a*, as `find_answer` gives an answer: a number as a Fraction, a choice's letter, or text."""
+    if isinstance(question.answer, str):
+        match = NUMBER.fullmatch(question.answer)
+        return Fraction(match[1].replace(",", "")) if match else question.answer
+    return Fraction(question.answer)
+
+def find_answer(text, question):
+    """The answer after the last "answer:" or "answer is", of the kind that the gold one is: a
+    number, with which the text must end; the letter of one of the choices, or that choice's text;
+    else the rest of the line. None if there is no such answer."""
+    before, *answers = BEFORE_ANSWER.split(text)
+    if not answers:
+        return None
+    if isinstance(gold_of(question), Fraction):
+        match = NUMBER.fullmatch(answers[-1])
+        return Fraction(match[1].replace(",", "")) if match else None
+    answer = normal_answer(answers[-1].strip().partition("\n")[0], question.choices)
+    if question.choices:
+        return answer if len(answer) == 1 and answer.isupper() else None
+    return answer or None
+
+def is_official(text, record):
+    """Is a response to a record of MathVista correct by its own rules (extract_answer.py and
+    calculate_score.py of its repository), but for its questions to GPT: in their place stands what
+    follows "answer:". With choices an empty answer is the nearest one: it scores 16.8 % of all."""
+    return official_prediction(official_extraction(text, record), record) == record["answer"]
+
+def official_extraction(text, record):
+    """MathVista's extraction of the answer from a response: a str, "" if there is none."""
+    for kind, number in (("integer", int), ("float", float)):
+        if record["answer_type"] == kind:
+            with suppress(ValueError, OverflowError):
+                return str(number(text))
+    if record["question_type"] == "multi_choice" and text in record["choices"]:
+        return text
+    if quick := re.search(r'The answer is "(.*)"\.', text):
+        return quick[1]
+    before, *answers = BEFORE_ANSWER.split(text)
+    return answers[-1].strip().partition("\n")[0].rstrip(".") if answers else ""
+
+def official_prediction(extraction, record):
+    """MathVista's normal form of an extracted answer, to be compared with the gold one; or None."""
+    choices = record["choices"]
+    if record["question_type"] == "multi_choice":
+        extraction = extraction.strip()
+        if letter := re.search(r"\(([a-zA-Z])\)", extraction):     # anywhere
+            extraction = letter[1].upper()
+        for i, choice in enumerate(choices):
+            if extraction == chr(ord("A") + i):
+                return choice
+        return min(choices, key=lambda choice: edit_distance(extraction, choice))      # the first
+    try:
+        if record["answer_type"] == "integer":
+            return str(int(float(extraction)))
+        if record["answer_type"] == "float":
+            return str(round(float(extraction), int(record["precision"])))
+    except (ValueError, OverflowError):                            # no number, or not a finite one
+        return None
+    return extraction                                              # a list
+
+def edit_distance(a, b):
+    """Levenshtein distance: how many characters to insert, delete or replace."""
+    row = list(range(len(b) + 1))                                  # distances of "" to parts of b
+    for i, x in enumerate(a, 1):
+        above, row = row, [i]
+        for j, y in enumerate(b):
+            row.append(min(row[j] + 1, above[j + 1] + 1, above[j] + (x != y)))
+    return row[-1]
 
 def unique_correct(questions, texts):
     """The binary reward 1(a == a*) as a filter: ([(question index, text)] of correct responses,
     each text once per question; a Counter of the outcomes of all)."""
     unique, outcomes = [], Counter()
     for i, (question, group) in enumerate(zip(questions, texts)):
-        grades = [grade(text, question.answer) for text in group]
+        grades = [grade(text, question) for text in group]
         outcomes.update(grades)                                    # correct, wrong, unparseable
         correct = [text for text, outcome in zip(group, grades) if outcome == "correct"]
         unique += [(i, text) for text in dict.fromkeys(correct)]   # the order of the responses
@@ -153,7 +244,7 @@ def describe_round(questions, answered, num_labeled, outcomes, correct, kept):
     """What an iteration was trained on, in the words of metrics.jsonl. answered: the questions with
     the answers that were gone by, pseudo answers among them."""
     unlabeled = list(zip(answered, questions))[num_labeled:]       # (voted, true)
-    true_answers = sum(voted.answer == question.answer for voted, question in unlabeled)
+    true_answers = sum(gold_of(voted) == gold_of(question) for voted, question in unlabeled)
     return {"num_questions": len(questions), "num_responses": outcomes.total(),
             "num_correct": outcomes["correct"], "num_unique_correct": len(correct),
             "num_kept": len(kept), "unsound_correct": share_unsound(questions, correct),
@@ -187,7 +278,7 @@ def explore(policy, questions, how, reward=None):
         responses = [group[own] for group in all_responses]
         grades = []
         for question, group in zip(questions, texts):
-            grades.append([grade(text, question.answer) for text in group])
+            grades.append([grade(text, question) for text in group])
         rewards = None
         if reward and temperature:
             rewards = np.array(reward(prompts, tokens_of(responses)))                  # (Q, n)
@@ -265,7 +356,7 @@ def auc(good, scores, groups=None):
     return float(won / pairs) if pairs else None
 
 def interval(*groups, draws=2000):
-    """95 % interval [low, high] of the mean of group means, by bootstrap: the questions of each
+    """95 % interval [low, high] of the mean of all groups, by bootstrap: the questions of each
     group (questions,) are resampled. Of one policy's 0s and 1s: its accuracy. Of the differences of
     two policies on the same questions: a paired comparison. It is about these policies only; the
     luck of a run is in results/tables.py, which sees several."""
@@ -273,28 +364,33 @@ def interval(*groups, draws=2000):
     for values in groups:
         picked = rng.integers(len(values), size=(draws, len(values)))  # with replacement
         means.append(np.asarray(values, float)[picked].mean(axis=1))  # (draws,)
-    return np.percentile(np.mean(means, axis=0), [2.5, 97.5]).tolist()  # of the group means
+    means = np.average(means, axis=0, weights=[len(values) for values in groups])      # (draws,)
+    return np.percentile(means, [2.5, 97.5]).tolist()
 
 def paired_gain(row, other):
     """How much a row of the result table beats another on the same questions: {id: [gain, low,
     high], ood: [gain, low, high]}, in shares of 1."""
-    gains = {}
-    for key, splits in (("id", ["test"]), ("ood", TESTBEDS)):
+    gains, beds = {}, [split for split in row["graded"] if split != "test"]
+    for key, splits in (("id", ["test"]), ("ood", beds)):
         groups = [correct_in(row["graded"][split]) - correct_in(other["graded"][split])
                   for split in splits]
-        gains[key] = [float(np.mean([values.mean() for values in groups])), *interval(*groups)]
+        if groups:
+            gains[key] = [float(np.concatenate(groups).mean()), *interval(*groups)]
     return gains
 
 # ---------------------------------------------------------------- results as text
 
 def columns_of(row):
     """{column: value} of a row of the result table, or of its intervals (row["ci95"])."""
-    values = {"ID": row["id"]["all"], "OOD": row["ood"]["all"]} | row["id"] | row["ood"]
-    return {column: values[column] for column in COLUMNS}
+    values = {"ID": row["id"]["all"], **row["id"], **row["ood"], "OOD": row["ood"].get("all")}
+    return {column: value for column, value in values.items()
+            if column != "all" and value is not None}
 
 def percent(part, whole=1):
-    """"12.3 %", or a dash where there is nothing to take a share of."""
-    return f"{100 * part / whole:.1f} %" if whole and part is not None else "-"
+    """"12.3 %", a dash where there is nothing to take a share of, or that it is not known."""
+    if part is None:
+        return "not known"
+    return f"{100 * part / whole:.1f} %" if whole else "-"
 
 def as_text(values):
     """A number per question as one short text, "-" for None: as a list, JSON would give each a
@@ -309,7 +405,7 @@ def points(gain):
 def format_table(rows):
     """The result table as text: the paper's columns, accuracies in percent."""
     width = max(len(row["name"]) for row in rows)                  # of the first column
-    lines = [" " * width + "".join(f"{column:>9}" for column in COLUMNS)]
+    lines = [" " * width + "".join(f"{column:>9}" for column in columns_of(rows[0]))]
     for row in rows:
         cells = "".join(f"{100 * value:>9.1f}" for value in columns_of(row).values())
         lines.append(f"{row['name']:<{width}}{cells}")
@@ -358,7 +454,7 @@ def compare(folders):
     for folder in folders:
         report = read_json(Path(folder) / "report.json")
         config = {**report["config"], "out": ""}                   # wherever the run lies
-        for name in ("world_seed", "validation", "test", "testbed"):   # the tests depend on them
+        for name in ("world_seed", "validation", "test", "testbed_questions", "data", "testbed"):
             if runs and config[name] != runs[0][0][name]:
                 raise ValueError(f"the runs have different --{name}: they cannot be paired")
         row = next(row for row in report["rows"] if row["name"] == report["mine"])
@@ -371,10 +467,17 @@ def compare(folders):
 
 def main(argv=None):
     """Command line of this file: score the policy of a run again, or compare finished runs."""
-    parser = argparse.ArgumentParser(description="Score a saved policy again, or compare runs.")
+    parser = argparse.ArgumentParser(description="Score a saved policy again, or compare runs.",
+                                     argument_default=argparse.SUPPRESS)
     parser.add_argument("runs", metavar="runs/NAME", nargs="+", help="one run, or several")
+    for flag, help in (("data", "one run on other questions: of this file"),
+                       ("images", "with pictures in this folder"), ("testbed", "and of this one")):
+        parser.add_argument(f"--{flag}", metavar="PATH", help=help)
     parser.error = lambda message: parser.exit(2, f"evaluate.py: {message}; see --help\n")
-    folders = parser.parse_args(argv).runs
+    flags = vars(parser.parse_args(argv))
+    folders = flags.pop("runs")
+    if flags and len(folders) > 1:
+        parser.error("runs are compared on the questions that they were tested on")
     bad_input = ValueError, KeyError, TypeError
     with one_line_errors("evaluate.py", f"{' '.join(folders)}: not what runs leave", *bad_input):
         if len(folders) > 1:
@@ -382,12 +485,12 @@ def main(argv=None):
             comparison = {"rows": rows, "gain_over_first": gains}
             write_json(Path(folders[0]) / "comparison.json", comparison)
         else:
-            config = read_json(Path(folders[0]) / "config.json")
+            config = {**read_json(Path(folders[0]) / "config.json"), **flags}
             tokenizer = tokenizer_for(config["policy"])
             policy = load_network(Path(folders[0]) / "policy.safetensors", tokenizer)
     if len(folders) == 1:
-        with one_line_errors("evaluate.py", "nothing is lost"):
-            world = build_world(config["splits"], config["world_seed"])
+        with one_line_errors("evaluate.py", "nothing is lost", ValueError):
+            world = world_of(config)
             rows = [evaluate_policy(folders[0], policy, world, config["max_new_tokens"])]
     print(format_table(rows))
     if len(folders) == 1:
@@ -395,8 +498,9 @@ def main(argv=None):
         print(f"in-domain accuracy {percent(accuracy)} [{percent(ci95[0])}, {percent(ci95[1])}]")
         return
     for name, gain in gains.items():
-        print(f"{name} over {rows[0]['name']}: {points(gain['ood'])} out of domain, "
-              f"{points(gain['id'])} in domain")
+        for key, where in (("ood", "out of domain"), ("id", "in domain")):
+            if key in gain:
+                print(f"{name} over {rows[0]['name']}, {where}: {points(gain[key])}")
 
 if __name__ == "__main__":
     run_command(main)

@@ -503,9 +503,9 @@ def seed_for(seed, *purpose):
     return zlib.crc32(repr((seed, *purpose)).encode())
 
 class Example(NamedTuple):
-    """One training example: picture, prompt ids, response ids; for a reward model also a label per
-    response token, -1 where no step ends."""
-    image: torch.Tensor
+    """One training example: image (as in Prompt), prompt ids, response ids; for a reward model also
+    a label per response token, -1 where no step ends."""
+    image: object
     prompt: list
     response: list
     labels: list = ()
@@ -576,12 +576,16 @@ def collate(examples):
             number[key] = len(number)
             different.append(example)
         owner.append(number[key])
-    return (torch.stack([example.image for example in different]),
+    return (torch.stack([pixels_of(example.image) for example in different]),
             _padded([example.prompt[:-1] for example in different], 0),
             torch.tensor([len(example.prompt) - 1 for example in different]),
             torch.tensor(owner),
             _padded([[example.prompt[-1], *example.response[:-1]] for example in examples], 0),
             _padded([example.response for example in examples], -1), *labels)
+
+def pixels_of(image):
+    """The tensor of a Prompt's image, which is opened only now if it is in a file."""
+    return torch.as_tensor(image() if callable(image) else image)
 
 def _padded(lists, value):
     rows = [torch.tensor(ids, dtype=torch.long) for ids in lists]
@@ -672,8 +676,8 @@ class Optimizer:
 # ---------------------------------------------------------------- sampler
 
 class Prompt(NamedTuple):
-    """What the policy is asked: an image, (size, size, 3) uint8 tensor, and prompt token ids."""
-    image: torch.Tensor
+    """What the policy is asked: an image and prompt token ids."""
+    image: object                 # (size, size, 3) uint8 tensor, or a function that returns it
     ids: list
 
 class Sampling(NamedTuple):
@@ -711,9 +715,10 @@ def sample_without_cache(policy, prompt, temperature, uniforms):
     """The slow, obvious way to one response, the reference for `sample`: a full forward pass for
     every token. uniforms (max_new_tokens,) -> Response."""
     tokens, log_probs, end = [], [], policy.tokenizer.EOS
+    image = pixels_of(prompt.image)[None].to(policy.device)
     while len(tokens) < len(uniforms) and end not in tokens:
         ids = torch.tensor([prompt.ids + tokens]).to(policy.device)
-        logits = policy(prompt.image[None].to(policy.device), ids)[:, -1].cpu()        # (1, V)
+        logits = policy(image, ids)[:, -1].cpu()        # (1, V)
         uniform = uniforms[len(tokens)][None]
         token, log_prob = draw(logits, torch.tensor([float(temperature)]), uniform,
                                torch.tensor([-1]))

@@ -38,7 +38,7 @@ if __name__ == "__main__":
 import numpy as np
 import torch
 
-from data import TESTBEDS, build_world
+from data import TESTBEDS, world_of
 from evaluate import (as_text, auc, best_temperature, describe_round, evaluate_policy, explore,
                       interval, make_prompts, means, one_line_errors, pass_metrics, percent,
                       run_command, sample_texts, share_unsound, unique_correct)
@@ -63,17 +63,22 @@ class Config:
     """Every value that a run depends on. Each field is a flag: preset, then method, then typed."""
     out: str = setting("", "folder of the run; empty: runs/PRESET-METHOD-seedN, a number if taken")
     preset: str = setting("cpu", "sizes; gpu where CUDA is found",
-                          choices=("cpu", "few", "gpu", "test"))
+                          choices=("cpu", "few", "gpu", "test", "smolvlm", "smolvlm-80gb"))
     method: str = setting("mstar", "runs alone if typed; else beside those it is compared to")
     arms: str = setting("", "or: the methods to run from one pi_0 and one PRM, comma-separated")
     seed: int = setting(0, "of weights, order of the data, sampling", 0)
     device: str = setting("", "empty: cuda, then mps, then cpu")
-    # the world
+    # the world: our own, or questions from files
     world_seed: int = setting(0, "of pictures and questions, the same for all --seed", 0)
     labeled: int = setting(8000, "training questions with answers (and as many unlabeled ones)", 3)
     validation: int = setting(250, "validation questions")
     test: int = setting(750, "in-domain test questions", 5)
-    testbed: int = setting(250, "questions of each out-of-domain testbed")
+    testbed_questions: int = setting(250, "questions of each of our out-of-domain testbeds")
+    data: str = setting("", "file of questions in MathV360K's form, in place of our world")
+    images: str = setting("", "the folder of their pictures, and of those of --testbed")
+    testbed: str = setting("", "MathVista's testmini.json, in place of our testbeds")
+    skip_missing: int = setting(0, "1: leave out records and pictures that are missing or broken",
+                                0, 1)
     # the base policy
     policy: str = setting("weights/base.safetensors", "what --method base wrote; a folder with "
                           "public weights; or scratch: made first")
@@ -132,7 +137,7 @@ class Config:
         base = RECIPES[self.recipe].questions if self.policy == "scratch" else 0
         return {"base": base, "labeled": self.labeled,
                 "unlabeled": self.labeled, "validation": self.validation, "test": self.test,
-                **dict.fromkeys(TESTBEDS, self.testbed)}
+                **dict.fromkeys(TESTBEDS, self.testbed_questions)}
 
     @property
     def questions_per_iteration(self):
@@ -195,15 +200,25 @@ PRESETS = {
     "cpu": {},                                                     # the defaults: 2 cores
     # an eighth of the questions, all asked in each of 16 rounds: training saturates (C8, C9)
     "few": dict(evolve_questions=1000, epochs=16.0, interval=1.0, evolve_updates=3200, sweeps=8),
-    "test": dict(policy="scratch", recipe="test", labeled=48, validation=10, test=20, testbed=5,
-                 warmup_questions=10, warmup_rollouts=2, warmup_updates=3, prm_questions=20,
-                 prm_rollouts=2, prm_epochs=1.0, interval=0.25, epochs=1.0,
+    "test": dict(policy="scratch", recipe="test", labeled=48, validation=10, test=20,
+                 testbed_questions=5, warmup_questions=10, warmup_rollouts=2, warmup_updates=3,
+                 prm_questions=20, prm_rollouts=2, prm_epochs=1.0, interval=0.25, epochs=1.0,
                  rollouts_per_question=2, evolve_updates=4, batch_size=8, micro_batch=4,
                  lr_warmup_updates=2, monitor_rollouts=4, max_new_tokens=24),
     # sized on paper for one GPU of 16-24 GB and an hour; not measured yet
     "gpu": dict(policy="scratch", recipe="gpu", labeled=20000, warmup_questions=5000,
                 warmup_lr=3e-4, rollouts_per_question=16, evolve_updates=6000, evolve_lr=5e-5,
                 batch_size=128, micro_batch=128),
+    # for --policy and --data: SmolVLM-256M on a GPU of 24 GB (500M: --micro_batch 4), or of 80 GB;
+    # sized on paper, see results/README.md. Weights stay in fp32: in bf16, which has 8 bits, an
+    # update of a ten-thousandth would be rounded away
+    "smolvlm": dict(labeled=20000, warmup_questions=4000, warmup_updates=500, warmup_lr=1e-5,
+                    prm_lr=2e-4, interval=0.25, evolve_updates=2500, evolve_lr=5e-6, batch_size=64,
+                    micro_batch=8, max_new_tokens=256),
+    "smolvlm-80gb": dict(labeled=60000, warmup_questions=12000, warmup_updates=1000, warmup_lr=1e-5,
+                         prm_questions=12000, prm_lr=2e-4, interval=0.25, rollouts_per_question=16,
+                         evolve_updates=7500, evolve_lr=5e-6, batch_size=128, micro_batch=32,
+                         max_new_tokens=256),
 }
 
 # ---------------------------------------------------------------- the paper's algorithm
@@ -410,7 +425,7 @@ def direct_sft(cfg, base, world, run):
     optimizer = new_optimizer(cfg, policy, cfg.warmup_lr, decay_over=updates)
     questions = world["labeled"][-cfg.evolve_questions:]
     answers = [(i, f"answer: {question.answer}") for i, question in enumerate(questions)]
-    prompts = make_prompts(policy, questions)                      # and no steps
+    prompts = make_prompts(policy, questions, direct=True)         # and no steps
     trained = sft(cfg, policy, optimizer, prompts, answers, updates, "sft", fit=run.fit)
     return policy, trained["updates"]
 
@@ -512,8 +527,8 @@ def run_stages(cfg, out, command, program="mstar"):
     updates; returns the report. Only `program` may go on with the folder."""
     tokenizer, arms = tokenizer_for(cfg.policy), arms_of(cfg)
     try:
-        world = build_world(cfg.splits, cfg.world_seed)            # the same for all seeds
-    except ValueError as error:                                    # not enough pictures
+        world = world_of({**asdict(cfg), "splits": cfg.splits})    # the same for all seeds
+    except (OSError, ValueError) as error:                         # such as: not enough pictures
         fail(error)
     check_identity(cfg, out, command, program, world, tokenizer)
     run = Run(out, cfg.method, tokenizer, cfg.device or available_devices()[0])
@@ -557,7 +572,8 @@ def run_arm(cfg, base, pi_0, prm, world, run):
         policy, updates = self_evolve(cfg, pi_0, prm, world, run), 0
     if cfg.method == run.main_method:                              # others are only measured
         save(run.out / "policy.safetensors", policy)
-    row = evaluate_policy(ROW_NAMES.get(cfg.method, cfg.method), policy, world, cfg.max_new_tokens)
+    row = evaluate_policy(ROW_NAMES.get(cfg.method, cfg.method), policy, world, cfg.max_new_tokens,
+                          direct=cfg.method == "sft")
     lines = [line for line in run.lines if line["arm"] == cfg.method]
     updates += sum(line.get("updates", 0) for line in lines)
     return {"row": row, "lines": lines, "updates": updates}
@@ -651,12 +667,16 @@ def check(cfg):
     if needed > cfg.labeled:
         fail(f"--labeled {cfg.labeled}: at least {needed}, for --warmup_questions with other "
              "--prm_questions, and for --evolve_questions")
+    if cfg.data and cfg.policy == "scratch":
+        fail("--data: a base from scratch learns our world; choose a --policy")
+    if bool(cfg.data) != bool(cfg.images) or cfg.testbed and not cfg.data:
+        fail("--data and --images go together, and --testbed with them")
     if cfg.policy != "scratch":
         try:
             size = load_policy(cfg.policy, tokenizer_for(cfg.policy)).config.image_size
         except (OSError, ValueError) as error:
             fail(f"--policy: {error}")
-        if size % 64:                                              # the canvas has 64 units
+        if size % 64 and not cfg.data:                             # the canvas has 64 units
             fail(f"--policy {cfg.policy}: reads pictures of {size} pixels, no multiple of 64")
     if len({arm.iterations * arm.questions_per_iteration for arm in arms_of(cfg)}) > 1:
         fail(f"--epochs {cfg.epochs:g} of --labeled {cfg.labeled}, or --evolve_questions, arms of "

@@ -34,8 +34,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from data import build_world, oracle, sound
-from evaluate import (answer_greedily, as_text, auc, find_answer, grade, make_prompts,
+from data import oracle, sound, world_of
+from evaluate import (answer_greedily, as_text, auc, find_answer, gold_of, grade, make_prompts,
                       one_line_errors, percent, run_command, sample_texts, tokens_of)
 from model import (WORKERS, DecoderBlock, Example, Optimizer, Policy, Sampling, adamw, batches,
                    causal, collate, fit, load_network, my_part, of_all, read_json, seed_for,
@@ -81,13 +81,13 @@ def label_responses(policy, questions, prompts, responses, how):
     completions, _ = sample_texts(policy, prompts, how, "step labels: rollouts", prefixes)
     labels = []
     for i, question in enumerate(questions):
-        is_correct = [grade(text, question.answer) == "correct" for text in completions[i]]
+        is_correct = [grade(text, question) == "correct" for text in completions[i]]
         counts = {}                                                # prefix -> correct completions
         for j, prefix in enumerate(prefixes[i]):
             counts[prefix] = sum(is_correct[j * L:(j + 1) * L])    # of its L completions
         for tokens in responses[i]:
             text = policy.tokenizer.decode(tokens)
-            counts[tokens] = L * (grade(text, question.answer) == "correct")  # the whole response
+            counts[tokens] = L * (grade(text, question) == "correct")  # the whole response
             of_steps = [counts[tokens[:end + 1]] for end in step_ends(tokens)]  # one per step
             labels.append(StepLabels(i, list(tokens), of_steps, L))
     return labels
@@ -286,8 +286,9 @@ def pseudo_answered(prm, questions, num_labeled, prompts, texts):
     tokens = [list(map(prm.tokenizer.response, group)) for group in texts]
     rewards = response_rewards(prm, prompts[num_labeled:], tokens)                     # R_p
     for question, group, weights in zip(questions[num_labeled:], texts, rewards):
-        vote = weighted_vote(list(map(find_answer, group)), weights)  # the pseudo answer
-        answered.append(replace(question, answer=-1 if vote is None else vote))        # -1: none is
+        answers = [find_answer(text, question) for text in group]
+        vote = weighted_vote(answers, weights)                     # the pseudo answer
+        answered.append(replace(question, answer="" if vote is None else vote))        # "": none is
     return answered
 
 # ---------------------------------------------------------------- the comparison with the oracle
@@ -301,7 +302,8 @@ def audit(pi_0, prm, labels, labeled, questions, max_new_tokens, n=16):
         unsound_W, steps_W (Figure 2b): share of unsound responses and mean number of steps, of the
             correct and different ones: W = all of them, or the top_2 or likely_2 of each question
         auc_reward, auc_likelihood: does R_p tell sound from unsound among those of one question
-    and auc_of_labels, auc_of_scores: do labels and scores tell the oracle's true steps."""
+    and auc_of_labels, auc_of_scores: do labels and scores tell the oracle's true steps. Where there
+    is no oracle, of questions from files, what needs one is None."""
     prompts = make_prompts(pi_0, questions)
     how = Sampling(n, 1.0, max_new_tokens, seed=0)                 # seed 0: the same for all runs
     texts, responses = sample_texts(pi_0, prompts, how, "audit: responses")
@@ -314,7 +316,7 @@ def audit(pi_0, prm, labels, labeled, questions, max_new_tokens, n=16):
             numbers[name].append(is_correct)
         for name, number in compare_top_2(question, group, rewards, likely).items():
             numbers[name].append(number)
-        for text, (logits, _) in zip(group, of_group):
+        for text, (logits, _) in zip(group, of_group) if question.facts else ():
             step_scores += logits                                  # a cut text may end in a break
             true_steps += oracle(question, text)[:len(logits)]
     _, greedy = answer_greedily(pi_0, questions, max_new_tokens, "audit: greedy")
@@ -324,7 +326,7 @@ def audit(pi_0, prm, labels, labeled, questions, max_new_tokens, n=16):
         known = [value for value in values if value is not None]
         mean[name] = float(np.mean(known)) if known else None
     true_labeled, targets = [], []
-    for label in labels:
+    for label in labels if labeled[0].facts else ():
         text = pi_0.tokenizer.decode(label.tokens)
         targets += label.targets
         true_labeled += oracle(labeled[label.question], text)[:len(label.targets)]
@@ -334,7 +336,7 @@ def audit(pi_0, prm, labels, labeled, questions, max_new_tokens, n=16):
 
 def verify(question, texts, rewards, likely):
     """Figure 2a for one question: {name: is the answer correct}, see `audit`."""
-    answers, is_correct = list(map(find_answer, texts)), {}        # None where there is none
+    answers, is_correct = [find_answer(text, question) for text in texts], {}
     for N in (1, 2, 4, 8, 16):
         if N > len(texts):                                         # not so many were sampled
             break
@@ -342,26 +344,27 @@ def verify(question, texts, rewards, likely):
                             ("likeliest", answers[int(np.argmax(likely[:N]))]),
                             ("weighted_vote", weighted_vote(answers[:N], rewards[:N])),
                             ("majority", weighted_vote(answers[:N], [1] * N))):
-            is_correct[f"{way}_of_{N}"] = answer == question.answer  # None never is
+            is_correct[f"{way}_of_{N}"] = answer == gold_of(question)  # None never is
     return is_correct
 
 def compare_top_2(question, texts, rewards, likely):
     """Figure 2b for one question: {name: number, or None}, see `audit`."""
     place = {}                                                     # text -> its first place
     for i, text in enumerate(texts):
-        if grade(text, question.answer) == "correct":
+        if grade(text, question) == "correct":
             place.setdefault(text, i)
-    is_sound = {text: sound(question, text) for text in place}
-    numbers = {}
+    is_sound, numbers = {}, {}
+    if question.facts:                                             # else nobody knows
+        is_sound = {text: sound(question, text) for text in place}
     for name, values in (("reward", rewards), ("likelihood", likely)):
         numbers[f"auc_{name}"] = auc(list(is_sound.values()), [values[i] for i in place.values()])
     for way, values in (("all", None), ("top_2", rewards), ("likely_2", likely)):
         keys = [(0, text) for text in place]
         if values:
             keys = top_k(keys, [values[i] for i in place.values()], 2)
-        unsound = [not is_sound[text] for _, text in keys]
+        unsound = [not is_sound[text] for _, text in keys if is_sound]
         steps = [text.count("\n") + 1 for _, text in keys]
-        numbers |= {f"unsound_{way}": float(np.mean(unsound)) if keys else None,
+        numbers |= {f"unsound_{way}": float(np.mean(unsound)) if unsound else None,
                     f"steps_{way}": float(np.mean(steps)) if keys else None}
     return numbers
 
@@ -378,7 +381,7 @@ def main(argv=None):
         pi_0 = load_network(folder / "pi_0.safetensors", tokenizer)
         prm = load_network(folder / "prm.safetensors", tokenizer, kind=RewardModel)
         labels = [StepLabels(**label) for label in read_json(folder / "labels.json")["labels"]]
-        world = build_world(config["splits"], config["world_seed"])
+        world = world_of(config)
         labeled = world["labeled"][config["warmup_questions"]:]      # those behind the warm-up's
     with one_line_errors("prm.py", f"{folder}/audit.json is as it was"):
         result = audit(pi_0, prm, labels, labeled, world["test"], config["max_new_tokens"])

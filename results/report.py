@@ -24,10 +24,10 @@ import numpy as np
 import torch
 from PIL import Image
 
-from data import TASKS, TESTBEDS, build_world, oracle, render, sound
-from evaluate import (COLUMNS, columns_of, format_table, grade, make_prompts, one_line_errors,
-                      paired_gain, percent, points, run_command, sample_texts, tokens_of)
-from model import WORKERS, Sampling, read_json, seed_for, write_json, write_whole
+from data import oracle, sound
+from evaluate import (columns_of, format_table, grade, make_prompts, one_line_errors, paired_gain,
+                      percent, points, run_command, sample_texts, testbeds_of, tokens_of)
+from model import WORKERS, Sampling, pixels_of, read_json, seed_for, write_json, write_whole
 from prm import label_responses, score
 
 FOLDER = Path(__file__).parent
@@ -81,13 +81,16 @@ def print_report(report):
     for row in report["rows"]:
         print(f"{row['name']}: {percent(row['unparseable'])} unparseable, {percent(row['unsound'])}"
               f" of the correct ones unsound, {percent(row['readings']['test'])} of readings true")
+        if official := row.get("official"):
+            cells = ", ".join(f"{bed} {percent(value)}" for bed, value in official.items())
+            print(f"{row['name']}: MathVista by its own rules (empty answers: 16.8 %): {cells}")
     stages = ", ".join(f"{name} {s / 60:.1f}" for name, s in report["stages"].items())
     print(f"{report['seconds'] / 60:.1f} minutes on {report['device']}: {stages}")
     others = sorted(report["gain_over"], key=lambda name: name.startswith("pi_0"))     # pi_0 last
     for key, where in (("ood", "out of domain"), ("id", "in domain")):
         for name in others:
-            gain = report["gain_over"][name][key]
-            print(f"{report['mine']} over {name}, {where}: {points(gain)}")
+            if gain := report["gain_over"][name].get(key):
+                print(f"{report['mine']} over {name}, {where}: {points(gain)}")
 
 # ---------------------------------------------------------------- samples for the page
 
@@ -98,11 +101,11 @@ def write_samples(cfg, run, select, policy, pi_0, prm, world, temperature, itera
     on."""
     if cfg.method != run.main_method or iteration % cfg.every(LOOKS):
         return
-    questions = []
-    for task in TASKS:
-        questions += [q for q in world["validation"] if q.task == task][:SHOWN]
-    for bed in TESTBEDS:
-        questions += world[bed][:SHOWN]
+    questions, kinds = [], []
+    for kind in (*sorted({q.task for q in world["validation"]}), *testbeds_of(world)):
+        asked = world.get(kind) or [q for q in world["validation"] if q.task == kind]
+        questions += asked[:SHOWN]
+        kinds += [kind] * len(asked[:SHOWN])
     seed, prompts = seed_for(cfg.seed, "samples"), make_prompts(policy, questions)
     how = Sampling(cfg.rollouts_per_question, temperature, cfg.max_new_tokens, seed)
     texts, responses = sample_texts(policy, prompts, how, f"iteration {iteration}: samples to show")
@@ -115,21 +118,26 @@ def write_samples(cfg, run, select, policy, pi_0, prm, world, temperature, itera
             labels[label.question, tuple(label.tokens)] = label.targets
     grades, correct = [], set()
     for i, question in enumerate(questions):
-        grades.append([grade(text, question.answer) for text in texts[i]])
+        grades.append([grade(text, question) for text in texts[i]])
         correct |= {(i, text) for text, g in zip(texts[i], grades[i]) if g == "correct"}
     selected = set(select(cfg, prm, prompts, sorted(correct), iteration))
-    shown = []
+    shown, folder = [], run.out / "samples"
+    folder.mkdir(exist_ok=True)
     for i, question in enumerate(questions):
-        shown.append({"id": question.id, "responses": []})
+        png = io.BytesIO()
+        Image.fromarray(pixels_of(prompts[i].image).numpy()).save(png, "PNG", optimize=True)
+        write_whole(folder / f"{i}.png", png.getvalue())
+        shown.append({"id": question.id, "kind": kinds[i], "text": question.text,
+                      "answer": question.answer, "responses": []})
         for l, text in enumerate(texts[i]):
             first = texts[i].index(text) == l                      # a repeat is not selected
             shown[-1]["responses"].append({
                 "text": text, "grade": grades[i][l], "selected": first and (i, text) in selected,
                 "truncated": not responses[i][l].complete, "scores": scores and scores[i][l],
                 "labels": labels.get((i, tuple(responses[i][l].tokens))),
-                "oracle": oracle(question, text), "sound": sound(question, text)})
-    (run.out / "samples").mkdir(exist_ok=True)
-    write_json(run.out / "samples" / f"{iteration}.json",
+                "oracle": oracle(question, text) if question.facts else None,      # not known
+                "sound": sound(question, text) if question.facts else None})
+    write_json(folder / f"{iteration}.json",
                {"iteration": iteration, "temperature": temperature, "questions": shown})
 
 # ---------------------------------------------------------------- report.html
@@ -153,7 +161,7 @@ def write_page(folder):
         parts += ["<h2>Over iterations</h2>", html_curves(lines), html_sweeps(sweeps)]
     if rounds:
         script = f"<script>{(FOLDER / 'page.js').read_text()}</script>"
-        parts += ["<h2>Samples</h2>", html_samples(rounds, config), script]
+        parts += ["<h2>Samples</h2>", html_samples(rounds, folder / "samples"), script]
     write_html(folder / "report.html", folder.name, "".join(parts))
     return folder / "report.html"
 
@@ -187,12 +195,14 @@ def html_head(report, config, lines):
         rows.append([escape(other["name"]), *(f"{100 * value:.1f} <small>[{100 * low:.0f}, "
                                               f"{100 * high:.0f}]</small>"
                                               for value, (low, high) in pairs)])
-    gains = [f"<li>over {escape(name)}: {points(gain['id'])} in domain, {points(gain['ood'])} out"
-             for name, gain in report["gain_over"].items()]
+    gains = []
+    for name, gain in report["gain_over"].items():
+        out = f", {points(gain['ood'])} out" if "ood" in gain else ""
+        gains.append(f"<li>over {escape(name)}: {points(gain['id'])} in domain{out}")
     return (f"<h1>{escape(row['name'])}: {percent(row['id']['all'])} in domain</h1>"
             f"<p>{report['seconds'] / 60:.1f} minutes on {escape(report['device'])}, preset "
             f"{escape(config['preset'])}, seed {report['seed']}. In brackets: 95 % intervals over "
-            f"questions.</p>{command}{html_table(['%', *COLUMNS], rows)}"
+            f"questions.</p>{command}{html_table(['%', *columns_of(row)], rows)}"
             f"<p>{escape(row['name'])}, paired by question:</p><ul>{''.join(gains)}</ul>")
 
 CURVES = (     # name in metrics.jsonl, title, unit, how to read it (Figures of the paper)
@@ -273,13 +283,11 @@ def html_sweeps(lines):
     head = [f"{escape(aim)}, %", *(f"before iteration {line['iteration']}" for line in lines)]
     return html_table(head, rows) + "<p class='soft'>Dark: high. Outlined: chosen.</p>"
 
-def html_samples(rounds, config):
+def html_samples(rounds, folder):
     """The sample browser: per question its picture and, per iteration, every response and step."""
-    world = build_world(config["splits"], config["world_seed"])
-    by_id = {question.id: question for questions in world.values() for question in questions}
     articles = []
     for number, shown in enumerate(rounds[0]["questions"]):
-        question, folds = by_id[shown["id"]], []
+        folds = []
         for part in rounds:
             group = part["questions"][number]["responses"]
             times = Counter(r["text"] for r in group)
@@ -292,16 +300,15 @@ def html_samples(rounds, config):
                          f"{part['iteration']}, T = {part['temperature']}: {correct} of "
                          f"{len(group)} correct</summary><ul class='responses'>{items}</ul>"
                          "</details>")
-        png = io.BytesIO()
-        Image.fromarray(render(question)).save(png, "PNG", optimize=True)
-        image = base64.b64encode(png.getvalue()).decode()
-        split = shown["id"].split("/")[0]
-        kind = question.task if split == "validation" else split
+        image = base64.b64encode((folder / f"{number}.png").read_bytes()).decode()
+        kind = escape(shown["kind"])
+        text, answer = escape(shown["text"]), escape(str(shown["answer"]))
         articles.append(f"<article data-kind='{kind}'><div><img alt='' src='data:image/png;base64,"
                         f"{image}'><p class='soft'>{kind}, {escape(shown['id'])}</p></div><div><p>"
-                        f"<b>{escape(question.text)}</b><br>gold answer: {question.answer}</p>"
-                        f"{''.join(folds)}</div></article>")
-    filters = {"kind": (*TASKS, *TESTBEDS), "iteration": [part["iteration"] for part in rounds],
+                        f"<b>{text}</b><br>gold answer: {answer}</p>{''.join(folds)}</div>"
+                        "</article>")
+    kinds = dict.fromkeys(escape(shown["kind"]) for shown in rounds[0]["questions"])
+    filters = {"kind": kinds, "iteration": [part["iteration"] for part in rounds],
                "outcome": ("correct", "selected", "unsound", "wrong", "unparseable", "truncated")}
     bar = ""
     for name, options in filters.items():
@@ -315,14 +322,16 @@ def html_samples(rounds, config):
 def html_response(r, times):
     """One response of the sample browser, which came so many times."""
     outcome = [r["grade"]] + ["selected"] * r["selected"] + ["truncated"] * r["truncated"]
-    if r["grade"] == "correct" and not r["sound"]:
+    if r["grade"] == "correct" and r["sound"] is False:            # None: not known
         outcome.append("unsound")
     steps = ""
-    number = len(r["scores"] or r["oracle"])                       # an empty last line is no step
-    for i, (text, is_true) in enumerate(zip(r["text"].split("\n")[:number], r["oracle"])):
+    lines = r["text"].split("\n")
+    number = len(r["scores"] or r["oracle"] or lines)              # an empty last line is no step
+    for i, text in enumerate(lines[:number]):
         notes = [f"{words} {r[key][i]:.2f}" for key, words in (("scores", "PRM"),
                                                                ("labels", "rollouts")) if r[key]]
-        notes.append("✓ true" if is_true else "✗ false")
+        if r["oracle"]:
+            notes.append("✓ true" if r["oracle"][i] else "✗ false")
         shade = r["scores"][i] if r["scores"] else 0.5
         steps += f"<li style='--s: {shade:.2f}'>{escape(text)}<small>{' · '.join(notes)}</small>"
     return (f"<li class='response{' selected' * r['selected']}' data-outcome='{' '.join(outcome)}'>"

@@ -142,8 +142,11 @@ def claims_of(name, arms, reports):
     if name in ("table4", "table5"):
         size = "large" if name == "table5" else "medium"
         tasks = np.array(reports[0]["tasks"].split())              # of each test question
-        effects = {task: [gain("mstar", "pi_0", size=size)[:, tasks == task]] for task in TASKS}
-        effects |= {bed: [gain("mstar", "pi_0", bed, size)] for bed in TESTBEDS}
+        row = arms[0]["row"]
+        effects = {task: [gain("mstar", "pi_0", size=size)[:, tasks == task]]
+                   for task in TASKS if task in row["id"]}
+        beds = [split for split in row["graded"] if split != "test"]
+        effects |= {bed: [gain("mstar", "pi_0", bed, size)] for bed in beds}
         words = f"M-STaR beats pi_0 in every task type and testbed ({size} policy)"
         claims.append(("C10", words, effects, 0.0, None))
     if name == "table5":
@@ -178,7 +181,7 @@ def figure_2_claims(audits):
     votes = {"majority voting over best-of-16": [majority - of["best_of_16"]],
              "majority voting over weighted voting": [majority - of["weighted_vote_of_16"]]}
     # 0 where nothing is left out
-    unsound = [np.nan_to_num(of["unsound_all"] - of["unsound_top_2"])]
+    unsound = [np.nan_to_num(of["unsound_all"] - of["unsound_top_2"])]     # all, without an oracle
     steps = [np.nan_to_num(of["steps_all"] - of["steps_top_2"])]
     return [("C5", "best-of-16 and weighted voting by the PRM do not beat majority voting (by more "
              "than a point)", votes, 0.01, None),
@@ -316,8 +319,9 @@ def format_table(result):
     for arm in result["arms"]:
         groups[arm["size"], arm["arm"]].append(arm)
     columns = {"table4": ("ID", *TASKS, "OOD"), "table5": (*TESTBEDS, "OOD")}
-    columns = columns.get(name, ("ID", "OOD"))
-    has_unsound = all("unsound" in arm["row"] for arm in result["arms"])   # not in old results
+    known = columns_of(result["arms"][0]["row"])                   # not all, of other questions
+    columns = [column for column in columns.get(name, ("ID", "OOD")) if column in known]
+    has_unsound = all(arm["row"].get("unsound") is not None for arm in result["arms"])
     theirs = ["average"] if name == "table5" else ["ID", "OOD", *TASKS]
     theirs = theirs[:len(result["arms"][0]["paper"])]
     rows = []

@@ -59,7 +59,7 @@ def test_sound_is_every_line_true(world):
             assert not sound(question, noisy)
         assert not sound(question, "")
         for ending in (".", "\n", ".\n"):                          # as `grade` takes it
-            assert grade(text + ending, question.answer) == "correct"
+            assert grade(text + ending, question) == "correct"
             assert sound(question, text + ending)
 
 BOTH_COST_7 = {"text": "what do 5 of each square and cross cost?", "answer": 70,

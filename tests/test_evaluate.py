@@ -15,8 +15,8 @@ import pytest
 import torch
 
 import evaluate
-from data import TASKS, TESTBEDS, write_reasoning
-from evaluate import (COLUMNS, Look, answer_greedily, auc, best_temperature, compare,
+from data import TASKS, TESTBEDS, Question, build_world, write_reasoning
+from evaluate import (Look, answer_greedily, auc, best_temperature, compare,
                       evaluate_policy, find_answer, format_table, grade, interval, make_prompts,
                       one_line_errors, paired_gain, pass_at_k, pass_metrics, percent, points,
                       reward_pass_at_k, sample_texts)
@@ -24,12 +24,14 @@ from model import Response, Sampling, read_json, sample, save, write_json
 
 # ---------------------------------------------------------------- grades
 
+SEVEN = Question("", "FQA", "", "how many?", 7)
+
 def test_grader_takes_every_true_answer_and_no_other(world):
     for question in world["test"] + world["size"]:
         text = write_reasoning(question, random.Random(0))
-        assert grade(text, question.answer) == "correct"
+        assert grade(text, question) == "correct"
         for other in range(1, 100):
-            is_correct = grade(f"answer: {other}", question.answer) == "correct"
+            is_correct = grade(f"answer: {other}", question) == "correct"
             assert is_correct == (other == question.answer)
 
 @pytest.mark.parametrize("text, outcome", [
@@ -42,17 +44,17 @@ def test_grader_takes_every_true_answer_and_no_other(world):
     ("answer: 7\n7 + 1 = 8", "unparseable"), ("answer: 7 + 0", "unparseable"),
     ("answer: ٧", "unparseable"), ("answer: " + "7" * 5000, "unparseable")])
 def test_grade_by_value(text, outcome):
-    assert grade(text, 7) == outcome
+    assert grade(text, SEVEN) == outcome
 
 def test_an_answer_is_a_number_or_none():
-    assert find_answer("answer: 7.5") == Fraction(15, 2) and find_answer("answer: .5.") == 0.5
-    assert find_answer("no answer") is None
+    assert find_answer("answer: 7.5", SEVEN) == Fraction(15, 2)
+    assert find_answer("answer: .5.", SEVEN) == 0.5 and find_answer("no answer", SEVEN) is None
 
 def test_long_texts_take_no_long_time():
     began = time.time()
     for text in ("answer: " + "9" * 200_000 + "x", "answer: 7" + " " * 200_000 + "x",
                  "answer: " * 50_000, "answer: 7" + "." * 200_000):
-        assert find_answer(text) is None
+        assert find_answer(text, SEVEN) is None
     assert time.time() - began < 5                                 # it was 9 seconds for 20,000
 
 # ---------------------------------------------------------------- statistics
@@ -123,8 +125,8 @@ def test_interval_covers_as_promised():
     assert 0.90 <= inside / 200 <= 0.99
 
 def test_interval_is_of_the_mean_of_group_means():
-    """A group of any size weighs the same; each is resampled for itself."""
-    assert interval(np.ones(5), np.zeros(500)) == [0.5, 0.5]
+    """Each group is resampled for itself; every question weighs the same."""
+    assert interval(np.ones(5), np.zeros(20)) == [0.2, 0.2]
     coin = np.arange(100) % 2
     low, high = interval(coin)
     both_low, both_high = interval(coin, coin)
@@ -151,7 +153,7 @@ def test_a_gain_out_of_domain_is_the_mean_over_testbeds():
 def test_a_row_holds_what_it_says(policy, world, monkeypatch):
     """evaluate_policy with known grades: correct on FQA of the test and of `style`, unparseable on
     `size`, wrong elsewhere."""
-    def known(policy, questions, max_new_tokens, title):
+    def known(policy, questions, max_new_tokens, title, direct):
         assert max_new_tokens == 5
         split = questions[0].id.split("/")[0]
         grades = []
@@ -173,7 +175,8 @@ def test_a_row_holds_what_it_says(policy, world, monkeypatch):
     low, high = row["ci95"]["id"]["all"]
     assert 0.05 < low < 0.2 < high < 0.35
     head, line = format_table([row]).splitlines()
-    assert head.split() == list(COLUMNS) and line.split()[1:3] == ["20.0", "100.0"]
+    assert head.split() == ["ID", *TASKS, *TESTBEDS, "OOD"]
+    assert line.split()[1:3] == ["20.0", "100.0"]
     assert line.split()[0] == "known" and line.split()[-1] == "4.0"
 
 def test_unparseable_is_counted_apart_from_wrong(policy, world, monkeypatch):
@@ -262,7 +265,7 @@ def test_a_reader_that_has_gone_and_ctrl_c_end_a_command_silently():
 
 def test_shares_and_gains_as_text():
     assert percent(0.1234) == "12.3 %" and percent(1, 8) == "12.5 %"
-    assert percent(None) == "-" and percent(0, 0) == "-" and percent(0, 5) == "0.0 %"
+    assert percent(None) == "not known" and percent(0, 0) == "-" and percent(0, 5) == "0.0 %"
     assert points([0.012, -0.003, 0.021]) == "+1.2 points [-0.3, +2.1]"
 
 # ---------------------------------------------------------------- exploration
@@ -313,7 +316,7 @@ def two_runs(tmp_path):
                "ood": dict.fromkeys((*TESTBEDS, "all"), 0.5)}
         base = {**row, "name": "base", "graded": {split: "w" * 40 for split in graded}}
         config = {"out": name, "seed": seed, "world_seed": 0, "validation": 10, "test": 40,
-                  "testbed": 40}
+                  "testbed_questions": 40, "data": "", "testbed": ""}
         folders.append(tmp_path / name)
         folders[-1].mkdir()
         write_json(folders[-1] / "report.json",
@@ -343,10 +346,10 @@ def test_runs_are_compared_on_the_same_questions(two_runs, capsys):
     evaluate.main(list(map(str, two_runs)))
     assert read_json(first / "comparison.json") == {"rows": rows, "gain_over_first": gains}
     last_line = capsys.readouterr().out.splitlines()[-1]
-    assert points(gains[f"{second}: M-STaR"]["id"]) + " in domain" in last_line
+    assert "in domain: " + points(gains[f"{second}: M-STaR"]["id"]) in last_line
     assert not (second / "comparison.json").exists()
 
-@pytest.mark.parametrize("name", ["world_seed", "validation", "test", "testbed"])
+@pytest.mark.parametrize("name", ["world_seed", "validation", "test", "testbed_questions"])
 def test_runs_with_other_questions_are_not_compared(name, two_runs, capsys):
     change_report(two_runs[1], name, 41)
     with pytest.raises(ValueError, match=f"different --{name}:"):
@@ -378,11 +381,11 @@ def test_a_report_without_what_is_needed_is_one_clear_error(two_runs, capsys):
 def test_a_saved_policy_is_scored_again(policy, tmp_path, capsys):
     splits = {"test": 10, **dict.fromkeys(TESTBEDS, 2)}
     write_json(tmp_path / "config.json", {"splits": splits, "world_seed": 3, "max_new_tokens": 6,
-                                          "policy": "base.safetensors"})
+                                          "policy": "base.safetensors", "data": ""})
     save(tmp_path / "policy.safetensors", policy)
     evaluate.main([str(tmp_path)])
     shown = capsys.readouterr().out
-    world = evaluate.build_world(splits, 3)
+    world = build_world(splits, 3)
     assert format_table([evaluate_policy(str(tmp_path), policy, world, 6)]) in shown
     assert shown.splitlines()[-1].startswith("in-domain accuracy 0.0 % [")
     (tmp_path / "policy.safetensors").write_bytes(b"damaged")

@@ -1,7 +1,9 @@
 """Questions from files: MathV360K's and MathVista's records, their answers and pictures. The data
 sets themselves could not be had; records are written here as their files hold them."""
+import itertools
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +13,13 @@ import pytest
 from PIL import Image
 
 import data
-from data import check_file, normal_answer, open_picture, read_questions
+import evaluate
+import mstar
+import prm
+from data import Question, check_file, normal_answer, open_picture, read_questions, read_world
+from evaluate import edit_distance, gold_of, grade, is_official, official_prediction
+from test_public import write_public
+from weights.public import PublicTokenizer
 
 CHOICES = ("12 cm", "14 cm", "no")
 
@@ -49,8 +57,10 @@ def file(tmp_path):
 
 @pytest.mark.parametrize("text, choices, expected", [
     ("7", (), "7"), ("7.0", (), "7"), (" 1,000. ", (), "1000"), ("$5$", (), "5"),
-    ("-0.50", (), "-1/2"), (".5", (), "1/2"), ("Yes", (), "yes"), ("10^4", (), "10^4"),
+    ("-0.50", (), "-0.5"), (".5", (), "0.5"), ("Yes", (), "yes"), ("10^4", (), "10^4"),
     ("b", CHOICES, "B"), ("(B)", CHOICES, "B"), ("14  CM", CHOICES, "B"), ("no.", CHOICES, "C"),
+    ("(B) 14 cm", CHOICES, "B"), ("B. the longer one", CHOICES, "B"), ("b, I think", CHOICES,
+                                                                       "b, i think"),
     ("d", CHOICES, "d"), ("b", (), "b"), ("1,00", (), "1,00"), ("", (), "")])
 def test_what_means_the_same_has_one_form(text, choices, expected):
     assert normal_answer(text, choices) == expected
@@ -70,18 +80,152 @@ def test_a_record_per_line_is_the_same(file, images):
     lines.write_text("\n".join(map(json.dumps, RECORDS)))
     assert read_questions(lines, images) == read_questions(file, images)
 
+def mathvista(pid, answer, choices=None, kind="integer", precision=None, unit=None,
+              image="TabMWP/images/1.png", task="geometry problem solving"):
+    return {"question": "how long?", "image": image, "choices": choices, "unit": unit,
+            "precision": precision, "answer": answer, "pid": pid, "metadata": {"task": task},
+            "question_type": "multi_choice" if choices else "free_form",
+            "answer_type": "text" if choices else kind}
+
 def test_records_of_mathvista(tmp_path, images):
-    about = {"task": "geometry problem solving"}
-    record = {"question": "how long?", "image": "TabMWP/images/1.png", "choices": None,
-              "unit": None, "answer": "1.20", "pid": "1", "metadata": about}
-    records = {"1": record,
-               "2": {**record, "pid": "2", "choices": list(CHOICES), "answer": "14 cm",
-                     "unit": "g"}}
+    records = {"1": mathvista("1", "1.20", kind="float", precision=2.0),
+               "2": mathvista("2", "14 cm", list(CHOICES), unit="g"),
+               "3": mathvista("3", "15 cm", list(CHOICES))}        # no such choice
     (tmp_path / "testmini.json").write_text(json.dumps(records))
     (free, choice), wrong = read_questions(tmp_path / "testmini.json", images)
-    assert not wrong and (free.task, free.answer, free.text) == ("GPS", "6/5", "how long?")
+    assert wrong == {"records of another shape": 1} and (free.task, free.answer) == ("GPS", "1.2")
+    assert free.text == (
+        "Hint: Please answer the question requiring a floating-point number with two decimal "
+        "places and provide the final value, e.g., 1.23, 1.34, 1.45, at the end.\n"
+        "Question: how long?")
     assert choice.answer == "B" and choice.text == (
-        "how long? (Unit: g)\nChoices:\n(A) 12 cm\n(B) 14 cm\n(C) no")
+        "Hint: Please answer the question and provide the correct option letter, e.g., A, B, C, "
+        "D, at the end.\nQuestion: how long? (Unit: g)\nChoices:\n(A) 12 cm\n(B) 14 cm\n(C) no")
+
+# ---------------------------------------------------------------- answers
+
+def asked(answer, choices=()):
+    return Question("", "TabMWP", "", "how long?", answer, choices=choices)
+
+@pytest.mark.parametrize("text, question, outcome", [
+    ("Answer: 1,000", asked("1000"), "correct"), ("The answer is 1000.", asked("1000"), "correct"),
+    ("ANSWER IS: $1000", asked("1000"), "correct"), ("answer: 12 cm.", asked("12"), "correct"),
+    ("answer: 0.5", asked("1/2"), "correct"), ("answer: 2/4", asked("0.5"), "correct"),
+    ("answer: 1/0", asked("1"), "unparseable"), ("answer: 12", asked("12 cm"), "correct"),
+    ("answer: 5\nAnswer: 6", asked("5"), "wrong"), ("5", asked("5"), "unparseable"),
+    ("answer: five", asked("5"), "unparseable"), ("answer: ", asked("yes"), "unparseable"),
+    ("So the answer is (B).", asked("B", CHOICES), "correct"),
+    ("answer: b", asked("B", CHOICES), "correct"), ("answer: A", asked("B", CHOICES), "wrong"),
+    ("Answer: 14 cm", asked("B", CHOICES), "correct"),
+    ("answer: B. 14 cm\n", asked("B", CHOICES), "correct"),
+    ("answer: d", asked("B", CHOICES), "unparseable"),
+    ("answer: 15 cm", asked("B", CHOICES), "unparseable"),
+    ("Answer: Yes.", asked("yes"), "correct"), ("Answer: no", asked("yes"), "wrong"),
+    ("the answer is A Cow", asked("a cow"), "correct")])
+def test_grades_of_numbers_letters_and_texts(text, question, outcome):
+    assert grade(text, question) == outcome
+
+FLOAT = mathvista("3", "5.9", kind="float", precision=1.0)
+CHOICE = mathvista("2", "14 cm", list(CHOICES))
+
+@pytest.mark.parametrize("extraction, record, prediction", [
+    ("5.9", mathvista("1", "5"), "5"), ("1e3", mathvista("1", "5"), "1000"),
+    ("1,000", mathvista("1", "5"), None), ("$5", mathvista("1", "5"), None),
+    ("5 cm", mathvista("1", "5"), None), ("1/3", FLOAT, None), ("", FLOAT, None),
+    ("5.94", FLOAT, "5.9"), ("6", FLOAT, "6.0"), ("inf", mathvista("1", "5"), None),
+    ("[1, 2]", mathvista("1", "[1, 2]", kind="list"), "[1, 2]"),
+    ("B", CHOICE, "14 cm"), ("(b) 14", CHOICE, "14 cm"), ("D", CHOICE, "no"),
+    ("14 c", CHOICE, "14 cm"), ("", CHOICE, "no"),                 # the shortest is the nearest
+    ("f(a)", CHOICE, "12 cm"), ("B.", CHOICE, "no"), ("b", CHOICE, "no")])
+def test_the_normal_form_of_mathvista(extraction, record, prediction):
+    assert official_prediction(extraction, record) == prediction
+
+@pytest.mark.parametrize("text, record, expected", [
+    ("", CHOICE, False), ("answer: (B)", CHOICE, True), ("14 cm", CHOICE, True),
+    ("answer: B.", CHOICE, True), (" 5 ", mathvista("1", "5"), True), ("5.0", FLOAT, False),
+    ("Answer: 5.90", FLOAT, True), ('The answer is "5.9".', FLOAT, True), ("5.9", FLOAT, True),
+    ("it is 5", mathvista("1", "5"), False), ("", mathvista("1", "5"), False)])
+def test_the_score_of_mathvista(text, record, expected):
+    assert is_official(text, record) == expected
+
+def test_edit_distance():
+    for a, b, distance in (("", "", 0), ("", "ab", 2), ("kitten", "sitting", 3), ("ab", "ba", 2)):
+        assert edit_distance(a, b) == edit_distance(b, a) == distance
+
+# ---------------------------------------------------------------- splits
+
+def write_world(world, folder):
+    """Our own questions as MathV360K's file and PNGs: the file's path."""
+    records = []
+    for question in itertools.chain(*world.values()):
+        image = f"{question.task}/{question.id.replace('/', '-')}.png"
+        (folder / question.task).mkdir(parents=True, exist_ok=True)
+        Image.fromarray(data.render(question)).save(folder / image)
+        record = mathv360k(0, image, question.text, f"The answer is {question.answer}")
+        records.append({**record, "id": question.id})
+    (folder / "ours.json").write_text(json.dumps(records))
+    return folder / "ours.json"
+
+def test_our_world_as_files_is_our_world(world, tmp_path):
+    world = {split: world[split] for split in world if split != "base"}
+    sizes = {split: len(questions) for split, questions in world.items()}
+    again = read_world(write_world(world, tmp_path), tmp_path, "", sizes)
+    assert again.keys() == world.keys()
+    for split, questions in world.items():
+        for ours, theirs in zip(questions, again[split], strict=True):
+            assert (ours.id, ours.task, ours.text) == (theirs.id, theirs.task, theirs.text)
+            assert gold_of(ours) == gold_of(theirs) and str(ours.answer) == theirs.answer
+            assert (data.picture_of(theirs.image, 128) == data.render(ours)).all()
+
+def noise(folder, number):
+    """A picture of its own."""
+    pixels = np.random.default_rng(number).integers(0, 255, (20, 30, 3), np.uint8)
+    Image.fromarray(pixels).save(folder / f"{number}.png")
+
+@pytest.fixture
+def sixty(tmp_path):
+    """A folder with 60 records about 30 pictures, two with the same pixels as others; and three of
+    MathVista, one of them on picture 0."""
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for number in range(31):
+        noise(folder, min(number, 28) if number < 30 else number)
+        if number == 29:
+            shutil.copy(folder / "28.png", folder / "29.png")
+    records = [mathv360k(i, f"{i % 30}.png", f"Question: {i} + 1?", f"The answer is {i + 1}")
+               for i in range(60)]
+    (folder / "sixty.json").write_text(json.dumps(records))
+    tests = {"1": mathvista("1", "7", image="0.png"),
+             "2": mathvista("2", "14 cm", list(CHOICES), image="30.png"),
+             "3": mathvista("3", "1.5", kind="float", precision=1, image="30.png",
+                            task="math word problem")}
+    (folder / "testmini.json").write_text(json.dumps(tests))
+    return folder
+
+SIZES = {"labeled": 15, "unlabeled": 15, "validation": 6, "test": 10}
+
+def test_no_picture_is_in_two_splits(sixty, capsys):
+    world = read_world(sixty / "sixty.json", sixty, sixty / "testmini.json", SIZES)
+    assert {split: len(some) for split, some in world.items()} == {**SIZES, "GPS": 2, "MWP": 1}
+    place = {}                                                     # pixels -> split
+    for split in SIZES:
+        for question in world[split]:
+            pixels = open_picture(question.image).tobytes()
+            assert place.setdefault(pixels, split) == split
+    assert len(place) > 15 and open_picture(sixty / "0.png").tobytes() not in place
+    assert "left out: 2 on pictures of the testbed" in capsys.readouterr().out
+    again = read_world(sixty / "sixty.json", sixty, "", SIZES, seed=1)
+    assert "GPS" not in again and again["test"] != world["test"]
+
+def test_what_is_missing_is_said_or_left_out(sixty):
+    (sixty / "5.png").write_text("no picture")
+    with pytest.raises(ValueError, match="cannot be opened': 1.*5.png.*skip_missing"):
+        read_world(sixty / "sixty.json", sixty, "", SIZES)
+    world = read_world(sixty / "sixty.json", sixty, "", SIZES, skip_missing=True)
+    used = {question.image for split in SIZES for question in world[split]}
+    assert f"{sixty}/6.png" in used and f"{sixty}/5.png" not in used
+    with pytest.raises(ValueError, match="for the split labeled: ask for fewer than 40"):
+        read_world(sixty / "sixty.json", sixty, "", {**SIZES, "labeled": 40}, skip_missing=True)
 
 # ---------------------------------------------------------------- pictures
 
@@ -122,6 +266,9 @@ def test_check_says_what_a_file_holds(file, images):
     assert "{'letter': 2, 'text': 2, 'number': 1}" in text and "UniGeo: 2" in text
     assert "left out: 1 pictures that cannot be opened" in text
     assert "left out: 1 pictures outside the folder" in text and "how much?" in text
+    assert "gone.png" in text
+    text = "\n".join(check_file(file, images, file))               # a testbed of the same pictures
+    assert "left out: 2 pictures that are in" in text
 
 @pytest.mark.parametrize("content", ["", "[1, 2", '"text"', "null", "7"])
 def test_a_file_that_holds_no_records_is_one_line(content, file, images):
@@ -129,3 +276,57 @@ def test_a_file_that_holds_no_records_is_one_line(content, file, images):
     done = subprocess.run([sys.executable, "data.py", "--check", file, "--images", images],
                           cwd=Path(data.__file__).parent, capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "train.json" in done.stderr
+
+# ---------------------------------------------------------------- the loop
+
+SMALL = ["--preset", "test", "--labeled", "20", "--warmup_questions", "8",
+         "--prm_questions", "8", "--validation", "5", "--test", "10", "--epochs", "0.25",
+         "--rollouts_per_question", "4"]
+
+def test_a_run_on_our_world_as_files_is_the_same_run(tmp_path):
+    """To the bit, but for what the oracle says."""
+    flags = [*SMALL, "--method", "prm", "--policy", "weights/base.safetensors", "--max_new_tokens", "32",
+             "--testbed_questions", "2", "--monitor_rollouts", "4", "--prm_rollouts", "1"]
+    cfg, _ = mstar.parse(flags)
+    file = write_world(data.build_world(cfg.splits), tmp_path / "files")
+    ours = mstar.main([*flags, "--out", str(tmp_path / "ours")])
+    theirs = mstar.main([*flags, "--out", str(tmp_path / "theirs"), "--data", str(file),
+                         "--images", str(file.parent)])
+    for mine, other in zip(ours["rows"], theirs["rows"], strict=True):
+        assert other["unsound"] is None and set(other["readings"].values()) == {None}
+        assert {**mine, "unsound": None, "readings": other["readings"], "seconds": 0} == \
+            {**other, "seconds": 0}
+    assert any("c" in row["graded"]["test"] for row in ours["rows"])
+    for mine, other in zip(ours["iterations"], theirs["iterations"], strict=True):
+        assert mine.keys() - other.keys() <= {"unsound", "unsound_correct", "unsound_kept"}
+        assert {**mine, **other, "seconds": 0} == {**mine, "seconds": 0}
+    page = (tmp_path / "theirs/report.html").read_text()
+    assert "✓ true" not in page and "✗ false" not in page and "gold answer" in page
+
+def test_every_stage_runs_on_public_weights_and_files(sixty, tmp_path, capsys):
+    tokenizer = PublicTokenizer(Path(__file__).parent / "tokenizer.json")
+    write_public(tmp_path / "public", "smolvlm", tokenizer)
+    report = mstar.main([
+        *SMALL, "--labeled", "16", "--policy", str(tmp_path / "public"), "--images", str(sixty),
+        "--data", str(sixty / "sixty.json"), "--testbed", str(sixty / "testmini.json"),
+        "--arms", "sft,vote_0,mstar", "--max_new_tokens", "8", "--out", str(tmp_path / "run")])
+    assert set(report["rows"][-1]["graded"]) == {"test", "GPS", "MWP"}
+    assert report["rows"][-1]["official"].keys() == {"GPS", "MWP", "all"}
+    shown = capsys.readouterr().out
+    assert "not known of the correct ones unsound" in shown and "MathVista by its own" in shown
+    assert shown.splitlines()[-1].endswith("report.html")
+    evaluate.main([str(tmp_path / "run")])
+    prm.main([str(tmp_path / "run")])
+    assert "steps_top_2" in capsys.readouterr().out
+
+@pytest.mark.parametrize("flags, words", [
+    (["--data", "none.json", "--images", "."], "none.json"), (["--data", "x.json"], "--images"),
+    (["--testbed", "testmini.json"], "--data"), (["--images", "x"], "--data"),
+    (["--data", "x.json", "--images", ".", "--policy", "scratch"], "--policy"),
+    (["--data", "requirements.txt", "--images", "."], "not JSON")])
+def test_flags_that_do_not_fit_are_one_line(flags, words, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        mstar.main([*SMALL, "--policy", "weights/base.safetensors", *flags, "--out",
+                    str(tmp_path / "run")])
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.count("\n") == 1 and words in error

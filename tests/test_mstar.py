@@ -150,7 +150,7 @@ def test_pseudo_answers_are_votes_weighted_by_the_lowest_step(world, tokenizer, 
     texts = [["answer: 5"] * 3, ["1 + 4 = 5\nanswer: 5", "5\nanswer: 5", "answer: 7"],
              ["red", "red", "7"]]
     voted = prm_module.pseudo_answered(prm, questions, 1, [None] * 3, texts)
-    assert [q.answer for q in voted] == [questions[0].answer, 7, -1]
+    assert [q.answer for q in voted] == [questions[0].answer, 7, ""]
     assert [q.text for q in voted] == [q.text for q in questions]
     assert unique_correct(voted, [[], ["answer: 7", "answer: 5"], ["red", "answer: 1"]])[0] == \
         [(1, "answer: 7")]
@@ -239,20 +239,20 @@ def test_selection_trains_on_the_highest_rewards_only(world, tokenizer, run, mon
     asks the PRM about no wrong one."""
     cfg = config("--method", "prm", *EIGHT, "--interval", "0.5", "--keep_top", "2")
     questions, seen, asked = world["labeled"][:8], [], []
-    answer = {question.text: question.answer for question in questions}
+    asked_in = {question.text: question for question in questions}
 
     def respond(policy, prompts, how, title):
         texts = []
         for prompt in prompts:
-            gold = answer[tokenizer.decode(prompt.ids)]
+            gold = asked_in[tokenizer.decode(prompt.ids)].answer
             asked.append(gold)
             texts.append([f"{i} + 1 = {i + 1}\nanswer: {gold if i < 5 else 0}" for i in range(8)])
         return texts, None
 
     def rewards(prm, prompts, tokens):
         for prompt, (response,) in zip(prompts, tokens):
-            gold = answer[tokenizer.decode(prompt.ids)]
-            assert grade(tokenizer.decode(response), gold) == "correct"
+            question = asked_in[tokenizer.decode(prompt.ids)]
+            assert grade(tokenizer.decode(response), question) == "correct"
         return [[float(tokenizer.decode(response)[0])] for (response,) in tokens]
 
     def spy(cfg, policy, optimizer, prompts, kept, *rest):

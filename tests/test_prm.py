@@ -413,7 +413,7 @@ def test_the_command_audits_the_prm_of_a_run(reward_model, policy, tmp_path, cap
     labels = [StepLabels(4, tokens, [1] * steps, 2)]
     write_json(tmp_path / "config.json", {"splits": splits, "world_seed": 3, "max_new_tokens": 4,
                                           "policy": "base.safetensors",
-                                          "warmup_questions": 0})
+                                          "warmup_questions": 0, "data": ""})
     save(tmp_path / "pi_0.safetensors", policy)
     save(tmp_path / "prm.safetensors", reward_model)
     write_json(tmp_path / "labels.json", {"labels": [label._asdict() for label in labels]})

@@ -96,8 +96,10 @@ def test_a_step_ends_where_a_token_holds_a_line_break(tokenizer):
 
 def test_prompts_stand_behind_the_image_and_ask_for_steps(tokenizer):
     asked, given = tokenizer.prompt("what is it?"), tokenizer.prompt("what is it?", 42)
-    assert tokenizer.decode(asked).startswith("what is it? Reason step by step")
+    assert tokenizer.decode(asked).startswith("what is it?\nReason step by step")
     assert "The answer is 42." in tokenizer.decode(given)
+    direct = tokenizer.decode(tokenizer.prompt("what is it?", direct=True))
+    assert "Reason" not in direct and direct.endswith("nothing else.\nAssistant:")
     assert tokenizer.symbols[asked[0]] == "<fake_token_around_image>"
     assert tokenizer.decode(asked).endswith("Assistant:") and tokenizer.EOS in asked
     assert tokenizer.decode(tokenizer.lead) == "User:"
@@ -181,8 +183,8 @@ def test_the_sampler_writes_what_the_reference_writes(folder, tokenizer, world):
 
 def test_every_stage_runs_from_public_weights(folder, tmp_path, capsys):
     flags = ["--preset", "test", "--method", "mstar", "--policy", str(folder), "--labeled", "16",
-             "--warmup_questions", "4", "--prm_questions", "4", "--validation", "2", "--testbed",
-             "1", "--test", "5", "--epochs", "0.25", "--max_new_tokens", "8"]
+             "--warmup_questions", "4", "--prm_questions", "4", "--validation", "2",
+             "--testbed_questions", "1", "--test", "5", "--epochs", "0.25", "--max_new_tokens", "8"]
     out = tmp_path / "run"
     report = mstar.main([*flags, "--out", str(out)])
     assert [row["name"] for row in report["rows"]] == ["base", "pi_0 (warm-up)", "M-STaR"]

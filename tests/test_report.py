@@ -7,7 +7,7 @@ import random
 import re
 import runpy
 import sys
-from dataclasses import replace
+from html import unescape
 from html.parser import HTMLParser
 from types import SimpleNamespace
 
@@ -18,7 +18,6 @@ from PIL import Image
 import data
 import mstar
 from data import TASKS, TESTBEDS, oracle, write_reasoning
-from evaluate import COLUMNS
 from model import Response, read_json, write_json
 from prm import RewardModel
 from results import report
@@ -27,6 +26,7 @@ from results.report import line_chart, write_html, write_page
 PI_0 = mstar.ROW_NAMES["pi_0"]
 EVIL = "</script><img src=x onerror=alert(1)>'\"&"
 METHOD = f"mstar {EVIL}"
+KIND = f"FQA {EVIL}"
 SCRIPT = (report.FOLDER / "page.js").read_text()
 
 class Page(HTMLParser):
@@ -60,14 +60,12 @@ class Page(HTMLParser):
 # ---------------------------------------------------------------- the files of a run
 
 @pytest.fixture
-def run_folder(tmp_path, world, monkeypatch):
+def run_folder(tmp_path, world):
     """The files of an unfinished run in which everything that somebody else may have written is
     hostile."""
-    question = replace(world["validation"][0], id="validation/0", text=f"how much is {EVIL}?")
-    for module in (report, data):                                  # data: for the command
-        monkeypatch.setattr(module, "build_world", lambda *rest: {"validation": [question]})
     folder = tmp_path / EVIL.replace("/", "")
     (folder / "samples").mkdir(parents=True)
+    Image.fromarray(data.render(world["validation"][0])).save(folder / "samples" / "0.png")
     write_json(folder / "config.json", {
         "method": METHOD, "arms": f"prm,{METHOD}", "preset": EVIL, "splits": {}, "world_seed": 0,
         "command": f"python mstar.py {EVIL}"})
@@ -94,7 +92,8 @@ def response(text, grade, scores, labels, oracle, selected=False, truncated=Fals
             "selected": selected, "truncated": truncated}
 
 def write_samples_of(folder, iteration, responses):
-    questions = [{"id": "validation/0", "responses": responses}]
+    questions = [{"id": "validation/0", "kind": KIND, "text": f"how much is {EVIL}?",
+                  "answer": EVIL, "responses": responses}]
     write_json(folder / "samples" / f"{iteration}.json",
                {"iteration": iteration, "temperature": 1.0, "questions": questions})
 
@@ -217,7 +216,7 @@ def test_the_page_of_a_finished_run_begins_with_its_result(run_folder):
         assert words in page.words, words
     assert "Unfinished" not in page.words
     head = page.words[:page.words.index("Over iterations")]
-    assert "%" + "".join(COLUMNS) + EVIL in head
+    assert "%" + "".join(["ID", *TASKS, *TESTBEDS, "OOD"]) + EVIL in head
     cells = re.findall(r"(\d+\.\d) \[(\d+), (\d+)\]", head)       # of both rows, in order
     expected = [*range(25, 37), *range(50, 62)]
     assert cells == [(f"{n}.0", f"{n - 10}", f"{n + 10}") for n in expected]
@@ -232,7 +231,7 @@ def test_the_filters_know_every_outcome_kind_and_iteration(run_folder):
     assert all(options[0] == "any" for options in filters.values())
     for item in page.all("li"):
         assert set(item.get("data-outcome", "any").split()) <= set(filters["outcome"])
-    assert [item["data-kind"] for item in page.all("article")] == [filters["kind"][1]]
+    assert [item["data-kind"] for item in page.all("article")] == [unescape(filters["kind"][1])]
     iterations = [item["data-iteration"] for item in page.all("details")]
     assert iterations == filters["iteration"][1:] == ["0", "1"]
     assert ["open" in item for item in page.all("details")] == [False, True]   # the last one
@@ -251,6 +250,7 @@ def test_a_page_can_be_made_of_whatever_is_there(run_folder):
         (run_folder / name).unlink()
         gone = left.pop(name)
         assert gone not in Page(write_page(run_folder).read_text()).words
+    (run_folder / "samples/0.png").unlink()
     (run_folder / "samples").rmdir()
     page = Page(write_page(run_folder).read_text())                # of config.json alone
     assert "Unfinished: 0 iterations" in page.words and not page.scripts
@@ -355,6 +355,7 @@ def test_samples_show_grades_selection_steps_and_the_oracle(policy, world, tmp_p
         shown = read_json(tmp_path / "samples" / "2.json")
         assert shown["iteration"] == 2 and shown["temperature"] == 0.7
         assert [part["id"] for part in shown["questions"]] == [q.id for q in questions]
+        assert [part["kind"] for part in shown["questions"][::2]] == [*TASKS, *TESTBEDS]
         for part, question, group in zip(shown["questions"], questions, texts):
             assert [r["text"] for r in part["responses"]] == group
             grades = [r["grade"] for r in part["responses"]]

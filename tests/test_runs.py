@@ -21,8 +21,8 @@ from model import read_json, write_json
 
 
 TINY = ["--preset", "test", "--epochs", "0.5"]
-SMALL = ["--preset", "test", "--arms", "mstar", "--epochs", "0.5", "--test", "10", "--testbed", "2",
-         "--validation", "4", "--seed", "3"]
+SMALL = ["--preset", "test", "--arms", "mstar", "--epochs", "0.5", "--test", "10",
+         "--testbed_questions", "2", "--validation", "4", "--seed", "3"]
 
 
 @pytest.fixture(scope="module")
@@ -253,7 +253,7 @@ def test_running_out_of_memory_names_the_flag(tmp_path, monkeypatch, capsys):
 
 # ---------------------------------------------------------------- the paper's tables
 
-FLAGS = ["--preset", "test", "--validation", "6", "--test", "10", "--testbed", "3",
+FLAGS = ["--preset", "test", "--validation", "6", "--test", "10", "--testbed_questions", "3",
          "--labeled", "16", "--prm_questions", "6", "--threshold", "0", "--max_new_tokens", "8"]
 
 

@@ -85,7 +85,7 @@ def result(folder):
     lines = (folder / "metrics.jsonl").read_text().splitlines()
     files = []
     for path in sorted((folder / "samples").iterdir()):
-        files.append(path.read_text())
+        files.append(path.read_bytes())
     for name in ("pi_0", "prm", "policy"):
         files.append((folder / f"{name}.safetensors").read_bytes())
     rows = [without_times(row) for row in report["rows"]]

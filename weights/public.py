@@ -186,11 +186,15 @@ class PublicTokenizer:
         signs = "".join(self.symbols[i] for i in ids if i not in self.special)
         return bytes(self.byte[sign] for sign in signs).decode(errors="replace").removeprefix(" ")
 
-    def prompt(self, text, answer=None):
-        """Prompt ids behind the image; with `answer`, the prompt of the paper's warm-up."""
+    def prompt(self, text, answer=None, direct=False):
+        """Prompt ids behind the image: reasoning asked for; with `answer`, the prompt of the
+        paper's warm-up; or `direct`, the answer alone."""
         if answer is not None:
-            text = f"{text} The answer is {answer}. Explain how to find it."
-        text += ' Reason step by step, one step per line, and end with "answer: " and the number.'
+            text += f"\nThe answer is {answer}. Explain how to find it."
+        if direct:
+            text += '\nWrite "answer: " and the answer, nothing else.'
+        else:
+            text += '\nReason step by step, one step per line. End with "answer: " and the answer.'
         if self.chat:
             return self.encode(f"<fake_token_around_image>{text}<end_of_utterance>\nAssistant:")
         return self.encode(f"Question: {text} Answer:")
