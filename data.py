@@ -686,8 +686,9 @@ def _of_mathv360k(record, images):
     text = record["conversations"][0]["value"].replace("<image>", "").strip()
     choices = tuple(re.findall(r"^\([A-Z]\) (.*)$", text, re.MULTILINE))
     gold = re.sub(r"^the answer is:?", "", record["conversations"][1]["value"].strip(), flags=re.I)
-    return Question(str(record["id"]), image.split("/")[0].replace(" ", "_"), "", text,
-                    normal_answer(gold, choices), image=f"{images}/{image}", choices=choices)
+    source = image.split("/")[0].replace(" ", "_") if "/" in image else "unknown"
+    return Question(str(record["id"]), source, "", text, normal_answer(gold, choices),
+                    image=f"{images}/{image}", choices=choices)
 
 HINTS = {                                      # MathVista's, by type of answer and precision
     "text": "and provide the correct option letter, e.g., A, B, C, D,",

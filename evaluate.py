@@ -184,7 +184,8 @@ def find_answer(text, question):
 def is_official(text, record):
     """Is a response to a record of MathVista correct by its own rules (extract_answer.py and
     calculate_score.py of its repository), but for its questions to GPT: in their place stands what
-    follows "answer:". With choices an empty answer is the nearest one: it scores 16.8 % of all."""
+    follows "answer:", or a response of one line itself. An empty response is then the shortest
+    choice: empty everywhere scores 16.8 %."""
     return official_prediction(official_extraction(text, record), record) == record["answer"]
 
 def official_extraction(text, record):
@@ -198,7 +199,9 @@ def official_extraction(text, record):
     if quick := re.search(r'The answer is "(.*)"\.', text):
         return quick[1]
     before, *answers = BEFORE_ANSWER.split(text)
-    return answers[-1].strip().partition("\n")[0].rstrip(".") if answers else ""
+    if not answers and "\n" in text.strip():
+        return ""
+    return [before, *answers][-1].strip().partition("\n")[0].rstrip(".")
 
 def official_prediction(extraction, record):
     """MathVista's normal form of an extracted answer, to be compared with the gold one; or None."""

@@ -89,7 +89,8 @@ def of_size(cfg, suffix):
     """The Config with a base of another size, weights/base-small.safetensors or from scratch."""
     if cfg.policy == "scratch":
         return replace(cfg, recipe=cfg.recipe + suffix)
-    return replace(cfg, policy=cfg.policy.removesuffix(".safetensors") + suffix + ".safetensors")
+    path = Path(cfg.policy)                                        # a file, or a folder
+    return replace(cfg, policy=str(path.with_name(path.stem + suffix + path.suffix)))
 
 def make_table(name, reports, command):
     """Everything that a table of the paper and the verdicts on its claims are made from. reports:

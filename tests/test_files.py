@@ -141,7 +141,8 @@ def test_the_normal_form_of_mathvista(extraction, record, prediction):
     assert official_prediction(extraction, record) == prediction
 
 @pytest.mark.parametrize("text, record, expected", [
-    ("", CHOICE, False), ("answer: (B)", CHOICE, True), ("14 cm", CHOICE, True),
+    ("", CHOICE, False), ("answer: (B)", CHOICE, True), ("B", CHOICE, True),
+    ("first B\nthen B", CHOICE, False), ("14 cm", CHOICE, True),
     ("answer: B.", CHOICE, True), (" 5 ", mathvista("1", "5"), True), ("5.0", FLOAT, False),
     ("Answer: 5.90", FLOAT, True), ('The answer is "5.9".', FLOAT, True), ("5.9", FLOAT, True),
     ("it is 5", mathvista("1", "5"), False), ("", mathvista("1", "5"), False)])
