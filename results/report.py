@@ -81,9 +81,9 @@ def print_report(report):
     for row in report["rows"]:
         print(f"{row['name']}: {percent(row['unparseable'])} unparseable, {percent(row['unsound'])}"
               f" of the correct ones unsound, {percent(row['readings']['test'])} of readings true")
-        if official := row.get("official"):
-            cells = ", ".join(f"{bed} {percent(value)}" for bed, value in official.items())
-            print(f"{row['name']}: MathVista by its own rules (empty answers: 16.8 %): {cells}")
+        cells = [f"{bed} {percent(value)}" for bed, value in (row.get("official") or {}).items()]
+        if cells:
+            print(f"    by MathVista's rules (16.8 % for empty answers): {', '.join(cells)}")
     stages = ", ".join(f"{name} {s / 60:.1f}" for name, s in report["stages"].items())
     print(f"{report['seconds'] / 60:.1f} minutes on {report['device']}: {stages}")
     others = sorted(report["gain_over"], key=lambda name: name.startswith("pi_0"))     # pi_0 last
@@ -95,17 +95,16 @@ def print_report(report):
 # ---------------------------------------------------------------- samples for the page
 
 def write_samples(cfg, run, select, policy, pi_0, prm, world, temperature, iteration):
-    """What the page shows of an iteration: SHOWN questions of each task type (from validation) and
-    testbed, with L responses each: grade, whether `select` would take it, and for each step the
-    PRM's score, the Monte-Carlo label (rollouts of pi_0) and the oracle's verdict. Never trained
-    on."""
+    """What the page shows of an iteration: SHOWN questions of each task type (of validation) and
+    testbed, with L responses: grade, whether `select` would take it, and for each step the PRM's
+    score, the Monte-Carlo label (rollouts of pi_0), the oracle's verdict. Never trained on."""
     if cfg.method != run.main_method or iteration % cfg.every(LOOKS):
         return
-    questions, kinds = [], []
+    chosen = []
     for kind in (*sorted({q.task for q in world["validation"]}), *testbeds_of(world)):
         asked = world.get(kind) or [q for q in world["validation"] if q.task == kind]
-        questions += asked[:SHOWN]
-        kinds += [kind] * len(asked[:SHOWN])
+        chosen += [(kind, question) for question in asked[:SHOWN]]
+    kinds, questions = zip(*chosen)
     seed, prompts = seed_for(cfg.seed, "samples"), make_prompts(policy, questions)
     how = Sampling(cfg.rollouts_per_question, temperature, cfg.max_new_tokens, seed)
     texts, responses = sample_texts(policy, prompts, how, f"iteration {iteration}: samples to show")
@@ -301,8 +300,7 @@ def html_samples(rounds, folder):
                          f"{len(group)} correct</summary><ul class='responses'>{items}</ul>"
                          "</details>")
         image = base64.b64encode((folder / f"{number}.png").read_bytes()).decode()
-        kind = escape(shown["kind"])
-        text, answer = escape(shown["text"]), escape(str(shown["answer"]))
+        kind, text, answer = (escape(str(shown[name])) for name in ("kind", "text", "answer"))
         articles.append(f"<article data-kind='{kind}'><div><img alt='' src='data:image/png;base64,"
                         f"{image}'><p class='soft'>{kind}, {escape(shown['id'])}</p></div><div><p>"
                         f"<b>{text}</b><br>gold answer: {answer}</p>{''.join(folds)}</div>"

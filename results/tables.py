@@ -14,6 +14,7 @@ import signal
 import sys
 from collections import defaultdict
 from dataclasses import replace
+from itertools import chain
 from operator import itemgetter
 from pathlib import Path
 
@@ -116,8 +117,10 @@ def make_table(name, reports, command):
                        "seeds": len({report["seed"] for report in reports}),
                        "questions": sorted({min(sizes), max(sizes)}),
                        "effects": dict(zip(effects, numbers))})
-    for arm in arms if name != "dynamics" else ():                 # no figure needs the questions
-        arm["iterations"] = list(map(without_questions, arm["iterations"]))
+    for line in chain.from_iterable(arm["iterations"] for arm in arms):
+        if name != "dynamics":                                     # no figure needs the questions
+            line.pop("by_question", None)
+            line.pop("sweep", None)
     about = {key: reports[0][key] for key in ("device", "versions", "config")}
     return {"table": name, "command": command, **about, "claims": claims, "arms": arms,
             "seeds": sorted({report["seed"] for report in reports}),
@@ -165,10 +168,6 @@ def claims_of(name, arms, reports):
         claims += [*dynamics_claims(fixed), figure_5_claim(fixed, adaptive)]
     return claims
 
-def without_questions(line):
-    """A line of metrics.jsonl without what is about single questions or temperatures."""
-    return {key: value for key, value in line.items() if key not in ("by_question", "sweep")}
-
 def numbers_in(text):
     """The numbers of each question as an array; "-" is nan."""
     return np.array([float(v) if v != "-" else math.nan for v in text.split()])
@@ -199,13 +198,12 @@ def dynamics_claims(runs):
                 "reward": numbers["reward_pass_at_2"],
                 **{t: numbers_in(line["watched"]["any_correct"][t]) for t in ("0.5", "1.5")}}
 
-    looks = [list(map(values, watched_lines(lines))) for lines in runs]
+    looks = [list(map(values, same)) for same in watched(runs)]    # [look][run]
 
     def at(place):                                                 # {name: (runs, questions)}
-        at_place = [run[place] for run in looks]
-        return {name: np.array(list(map(itemgetter(name), at_place))) for name in at_place[0]}
+        return {name: np.array(list(map(itemgetter(name), looks[place]))) for name in looks[0][0]}
 
-    n, first, last = len(looks[0]), at(0), at(-1)
+    n, first, last = len(looks), at(0), at(-1)
     middle = (at((n - 1) // 2)["reward"] + at(n // 2)["reward"]) / 2   # of an even number, between
     rise = {name: last[name] - first[name] for name in first}
     effects = {"greedy accuracy rises": rise["greedy"],
@@ -319,16 +317,14 @@ def format_table(result):
     name, groups, seeds = result["table"], defaultdict(list), len(result["seeds"])
     for arm in result["arms"]:
         groups[arm["size"], arm["arm"]].append(arm)
-    columns = {"table4": ("ID", *TASKS, "OOD"), "table5": (*TESTBEDS, "OOD")}
-    known = columns_of(result["arms"][0]["row"])                   # not all, of other questions
-    columns = [column for column in columns.get(name, ("ID", "OOD")) if column in known]
+    shown = {"table4": ("ID", *TASKS, "OOD"), "table5": (*TESTBEDS, "OOD")}.get(name, ("ID", "OOD"))
+    columns = [column for column in columns_of(result["arms"][0]["row"]) if column in shown]
     has_unsound = all(arm["row"].get("unsound") is not None for arm in result["arms"])
     theirs = ["average"] if name == "table5" else ["ID", "OOD", *TASKS]
     theirs = theirs[:len(result["arms"][0]["paper"])]
     rows = []
     for (size, _), arms in groups.items():
-        ours = [mean_percent(arms, lambda arm: columns_of(arm["row"])[column])
-                for column in columns]
+        ours = [mean_percent(arms, lambda arm: columns_of(arm["row"])[column]) for column in columns]
         if has_unsound:
             ours.append(mean_percent(arms, lambda arm: arm["row"]["unsound"]))
         rows.append([f"{size}: " * (name == "table5") + arms[0]["words"],
@@ -339,7 +335,7 @@ def format_table(result):
     lines = markdown([f"{name}, %", *ours, *theirs, "responses", "updates"], rows)
     for arms in groups.values() if name == "dynamics" else ():
         k, rows = arms[0]["iterations"][0]["k"], []
-        for same in watched(arms):                                 # one look, of each seed
+        for same in watched(arm["iterations"] for arm in arms):    # one look, of each seed
             curves = [f"{mean_percent(same, get):.1f}" for get in FIGURES.values()]
             temperatures = ", ".join(str(line["temperature"]) for line in same)
             rows.append([f"iteration {same[0]['iteration']}", *curves, temperatures])
@@ -364,21 +360,14 @@ def format_table(result):
     lines += markdown(["claim", "verdict", head], rows)
     return "\n".join(lines[:-1])
 
-def pass_at(t):
-    """A curve of Figures 3 and 4a: pass@k at one temperature, from a line of metrics.jsonl."""
-    return lambda line: line["watched"]["surface"][t]["pass_at_k"]
-
-FIGURES = {"greedy": lambda line: line["greedy_accuracy"],
-           **{f"pass@k, T = {t}": pass_at(t) for t in WATCHED},
+FIGURES = {"greedy": lambda line: line["greedy_accuracy"],         # curves, of metrics.jsonl
+           **{f"pass@k, T = {t}": lambda line, t=t: line["watched"]["surface"][t]["pass_at_k"]
+              for t in WATCHED},
            "Reward-Pass@2": lambda line: line["reward_pass_at_2"]}
 
-def watched_lines(lines):
-    """Those iterations of a run after which every temperature was measured."""
-    return [line for line in lines if "watched" in line]
-
-def watched(arms):
-    """The same look of all seeds of an arm, look after look."""
-    return zip(*(watched_lines(arm["iterations"]) for arm in arms))
+def watched(runs):
+    """The iterations after which all temperatures were measured: each one of all runs together."""
+    return list(zip(*([line for line in lines if "watched" in line] for lines in runs)))
 
 def mean_percent(things, get):
     """The mean of get(thing), in percent."""
@@ -387,7 +376,7 @@ def mean_percent(things, get):
 def html_dynamics(arms):
     """The paper's Figures 3 to 5: curves on validation questions, means over seeds."""
     def curve(arm, get):
-        runs = [one for one in arms if one["arm"] == arm]
+        runs = [one["iterations"] for one in arms if one["arm"] == arm]
         return [(same[0]["iteration"], mean_percent(same, get)) for same in watched(runs)]
 
     one = {title: curve("prm_watched", get) for title, get in FIGURES.items()}
