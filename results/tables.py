@@ -324,7 +324,7 @@ def format_table(result):
     theirs = theirs[:len(result["arms"][0]["paper"])]
     rows = []
     for (size, _), arms in groups.items():
-        ours = [mean_percent(arms, lambda arm: columns_of(arm["row"])[column]) for column in columns]
+        ours = [mean_percent(arms, lambda arm: columns_of(arm["row"])[one]) for one in columns]
         if has_unsound:
             ours.append(mean_percent(arms, lambda arm: arm["row"]["unsound"]))
         rows.append([f"{size}: " * (name == "table5") + arms[0]["words"],
