@@ -213,12 +213,12 @@ PRESETS = {
     # sized on paper, see results/README.md. Weights stay in fp32: in bf16, which has 8 bits, an
     # update of a ten-thousandth would be rounded away
     "smolvlm": dict(labeled=20000, warmup_questions=4000, warmup_updates=500, warmup_lr=1e-5,
-                    prm_lr=2e-4, interval=0.25, evolve_updates=2500, evolve_lr=5e-6, batch_size=64,
-                    micro_batch=8, max_new_tokens=256),
+                    prm_lr=2e-4, interval=0.25, sweeps=4, evolve_updates=2500, evolve_lr=5e-6,
+                    batch_size=64, micro_batch=8, max_new_tokens=256),
     "smolvlm-80gb": dict(labeled=60000, warmup_questions=12000, warmup_updates=1000, warmup_lr=1e-5,
-                         prm_questions=12000, prm_lr=2e-4, interval=0.25, rollouts_per_question=16,
-                         evolve_updates=7500, evolve_lr=5e-6, batch_size=128, micro_batch=32,
-                         max_new_tokens=256),
+                         prm_questions=12000, prm_lr=2e-4, interval=0.25, sweeps=4,
+                         rollouts_per_question=16, evolve_updates=7500, evolve_lr=5e-6,
+                         batch_size=128, micro_batch=32, max_new_tokens=256),
 }
 
 # ---------------------------------------------------------------- the paper's algorithm
