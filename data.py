@@ -707,10 +707,12 @@ def _of_mathvista(record, images):
                "math word problem": "MWP", "textbook question answering": "TQA",
                "visual question answering": "VQA"}
     choices, gold = tuple(record["choices"] or ()), record["answer"]
-    kind = "text" if choices else record["answer_type"]
+    kind = record["answer_type"]
+    if bool(choices) != (record["question_type"] == "multi_choice"):
+        raise ValueError("choices, but not to choose from them")
     if kind == "float":
         kind += str(int(record["precision"]))
-    text = f"Hint: Please answer the question {HINTS[kind]} at the end."
+    text = f"Hint: Please answer the question {HINTS['text' if choices else kind]} at the end."
     text += f"\nQuestion: {record['question']}"
     if record["unit"]:
         text += f" (Unit: {record['unit']})"

@@ -724,6 +724,7 @@ def main(argv=None):
     with one_line_errors("mstar.py", f"go on with: python mstar.py --resume {out}"):
         if not from_first((out / "report.json").exists()):
             write_json(out / "report.json", run_stages(cfg, out, command))
+    with one_line_errors("mstar.py", "without this file, --resume runs the arms again", ValueError):
         report = read_json(out / "report.json")                    # as a resumed run reads it
         shutil.rmtree(out / "checkpoint", ignore_errors=True)      # nothing is left to resume
     print_report(report)

@@ -90,10 +90,11 @@ def mathvista(pid, answer, choices=None, kind="integer", precision=None, unit=No
 def test_records_of_mathvista(tmp_path, images):
     records = {"1": mathvista("1", "1.20", kind="float", precision=2.0),
                "2": mathvista("2", "14 cm", list(CHOICES), unit="g"),
-               "3": mathvista("3", "15 cm", list(CHOICES))}        # no such choice
+               "3": mathvista("3", "15 cm", list(CHOICES)),        # no such choice
+               "4": {**mathvista("4", "15 cm", list(CHOICES)), "choices": []}}
     (tmp_path / "testmini.json").write_text(json.dumps(records))
     (free, choice), wrong = read_questions(tmp_path / "testmini.json", images)
-    assert wrong == {"records of another shape": 1} and (free.task, free.answer) == ("GPS", "1.2")
+    assert wrong == {"records of another shape": 2} and (free.task, free.answer) == ("GPS", "1.2")
     assert free.text == (
         "Hint: Please answer the question requiring a floating-point number with two decimal "
         "places and provide the final value, e.g., 1.23, 1.34, 1.45, at the end.\n"
@@ -286,8 +287,9 @@ SMALL = ["--preset", "test", "--labeled", "20", "--warmup_questions", "8",
 
 def test_a_run_on_our_world_as_files_is_the_same_run(tmp_path):
     """To the bit, but for what the oracle says."""
-    flags = [*SMALL, "--method", "prm", "--policy", "weights/base.safetensors", "--max_new_tokens", "32",
-             "--testbed_questions", "2", "--monitor_rollouts", "4", "--prm_rollouts", "1"]
+    flags = [*SMALL, "--method", "prm", "--policy", "weights/base.safetensors",
+             "--max_new_tokens", "32", "--testbed_questions", "2", "--monitor_rollouts", "4",
+             "--prm_rollouts", "1"]
     cfg, _ = mstar.parse(flags)
     file = write_world(data.build_world(cfg.splits), tmp_path / "files")
     ours = mstar.main([*flags, "--out", str(tmp_path / "ours")])

@@ -239,6 +239,20 @@ def test_a_damaged_later_state_does_not_cost_the_new_one(policy, tokenizer, tmp_
     assert run.load("mstar", policy, optimizer)["number"] == 1 and not file.exists()
 
 
+def test_a_damaged_report_of_a_finished_run_is_one_line(two_runs, tmp_path, capsys):
+    """And nothing is made again, which could take hours, or overwritten."""
+    out = tmp_path / "run"
+    shutil.copytree(two_runs[0][0], out)
+    damaged = (out / "report.json").read_bytes()[:-100]
+    (out / "report.json").write_bytes(damaged)
+    files = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    with pytest.raises(SystemExit) as stop:
+        mstar.main(["--resume", str(out)])
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.count("\n") == 1 and str(out / "report.json") in error
+    assert files == {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+
+
 def test_running_out_of_memory_names_the_flag(tmp_path, monkeypatch, capsys):
     def full(*rest):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
