@@ -35,7 +35,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)                   # Ctrl-C during the imports
+    signal.signal(signal.SIGINT, signal.SIG_DFL)                   # Ctrl-C, and a reader that has
+    if hasattr(signal, "SIGPIPE"):                                 # gone, end it silently
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -913,9 +915,10 @@ def main(argv=None):
     flags = parser.parse_args(argv)
     if flags.check:
         try:
-            print("\n".join(check_file(flags.check, flags.images, flags.testbed)))
+            lines = check_file(flags.check, flags.images, flags.testbed)
         except (OSError, ValueError) as error:
             parser.exit(2, f"data.py: --check: {error}\n")
+        print("\n".join(lines))
         return
     path = flags.preview
     if path.suffix.lower() != ".png" or not path.parent.is_dir():
