@@ -32,7 +32,8 @@ import torch
 
 from data import (READING, TASKS, TESTBEDS, normal_answer, oracle, picture_of, render,
                   sound, world_of)
-from model import Prompt, Sampling, load_network, progress_bar, read_json, sample, write_json
+from model import (Prompt, Sampling, join_processes, load_network, progress_bar, read_json, sample,
+                   write_json)
 from weights.public import tokenizer_for
 
 # ---------------------------------------------------------------- a row of the result table
@@ -417,6 +418,7 @@ def format_table(rows):
 def run_command(main):
     """Run a command's main. Ctrl-C, and a reader that has gone (`| head -0`), end it silently."""
     signal.signal(signal.SIGINT, signal.default_int_handler)       # it was off during the imports
+    join_processes()                                               # if torchrun started several
     try:
         main()
         sys.stdout.flush()

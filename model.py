@@ -342,9 +342,10 @@ class Policy(nn.Module):
 
 # ---------------------------------------------------------------- several GPUs: skip at first
 
-# `torchrun --nproc-per-node N mstar.py` starts N processes, one per GPU, all with the same program
-# and random numbers. Each takes every N-th part of sampling, scoring and of a batch, and they
-# exchange what came out. So each knows everything, and the first one alone writes files.
+# `torchrun --nproc-per-node N mstar.py` (or -m results.tables, prm.py, evaluate.py) starts N
+# processes, one per GPU, all with the same program and random numbers. Each takes every N-th part
+# of sampling, scoring and of a batch, and they exchange what came out. So each knows everything,
+# and the first one alone writes files.
 RANK, PROCESSES = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 def join_processes():

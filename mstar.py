@@ -43,8 +43,8 @@ from evaluate import (as_text, auc, best_temperature, describe_round, evaluate_p
                       interval, make_prompts, means, one_line_errors, pass_metrics, percent,
                       run_command, sample_texts, share_unsound, unique_correct)
 from model import (RANK, Example, Optimizer, Policy, Sampling, adamw, available_devices, batches,
-                   fit, from_first, join_processes, load, load_network, read_json, save, seed_for,
-                   wait_for_all, write_json, write_whole)
+                   fit, from_first, load, load_network, read_json, save, seed_for, wait_for_all,
+                   write_json, write_whole)
 from prm import (RewardModel, StepLabels, audit, label_steps, pseudo_answered, random_k,
                  response_rewards, top_k, train_prm)
 from results.report import (announce, make_report, print_line, print_report, write_page,
@@ -718,7 +718,6 @@ def main(argv=None):
     """The main job: all stages in order, then the table and the page. Returns the report."""
     argv = sys.argv[1:] if argv is None else argv
     cfg, folder = parse(argv)
-    join_processes()                                               # if torchrun started several
     out = from_first(folder or (RANK == 0 and new_folder(cfg)))
     command = " ".join(["python mstar.py", *argv])
     with one_line_errors("mstar.py", f"go on with: python mstar.py --resume {out}"):
