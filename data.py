@@ -5,7 +5,8 @@ Paper (arXiv 2412.17451v3): the place of MathV360K (training questions, half of 
     of MathVista (out-of-domain test, task types FQA, GPS, MWP, TQA, VQA). Those need a pretrained
     2-8B model; this world is learned from nothing in minutes, and its generator knows every fact
     of every picture. Files of the two can take its place: see read_world.
-Read:     drawing -> scenes -> templates -> reasoning and oracle -> splits -> tokenizer  (bottom-up)
+Read:     drawing -> scenes -> templates -> reasoning and oracle -> splits -> questions from files
+          (skip at first) -> tokenizer   (bottom-up)
 Departs:  questions are made from templates, answers are whole numbers from 1 to 99, pictures are
           4 x 4 cells. The five task types keep MathVista's names; what each asks is our choice.
 Run:      python data.py --preview FILE.png      (a contact sheet of all task types and testbeds)

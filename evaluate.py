@@ -64,22 +64,20 @@ def evaluate_policy(name, policy, world, max_new_tokens, direct=False):
             unsound = share_unsound(questions, correct)
         elif questions[0].record:
             pairs = zip(questions, texts)
-            official[split] = [is_official(text, question.record) for question, text in pairs]
+            scores = [is_official(text, question.record) for question, text in pairs]
+            official[split] = np.array(scores, float)              # (questions,)
     on_test = {"all": correct_in(graded["test"])}                  # column -> (questions,) 0 or 1
     for task in TASKS:
         of_task = [question.task == task for question in world["test"]]
         if any(of_task) and task not in beds:
             on_test[task] = on_test["all"][of_task]                # a column of the paper
     on_bed = {bed: correct_in(graded[bed]) for bed in beds}        # each (questions,)
-    (id, id_ci95), (ood, ood_ci95) = accuracies(on_test), accuracies(on_bed)
-    if beds:                                                       # over all of their questions
-        ood["all"] = float(np.concatenate(list(on_bed.values())).mean())
-        ood_ci95["all"] = interval(*on_bed.values())
-    if official:
-        official["all"] = [is_right for of_bed in official.values() for is_right in of_bed]
+    (id, id_ci95), (ood, ood_ci95) = accuracies(on_test), accuracies_and_all(on_bed)
+    scores, scores_ci95 = accuracies_and_all(official)
     return {"name": name, "id": id, "ood": ood, "ci95": {"id": id_ci95, "ood": ood_ci95},
             "unparseable": graded["test"].count("u") / len(graded["test"]), "unsound": unsound,
-            "readings": readings, "official": means(official) or None, "graded": graded}
+            "readings": readings, "graded": graded,
+            "official": {"ood": scores, "ci95": scores_ci95} if official else None}
 
 def true_readings(questions, texts):
     """The share of true ones among the lines that read something off the picture; None of none, and
@@ -108,6 +106,14 @@ def accuracies(columns):
     """{column: (questions,) 0 or 1} -> ({column: accuracy}, {column: interval})."""
     return ({column: float(values.mean()) for column, values in columns.items()},
             {column: interval(values) for column, values in columns.items()})
+
+def accuracies_and_all(columns):
+    """`accuracies`, with a column `all`: over the questions of all columns."""
+    means, ci95 = accuracies(columns)
+    if columns:
+        means["all"] = float(np.concatenate(list(columns.values())).mean())
+        ci95["all"] = interval(*columns.values())
+    return means, ci95
 
 def make_prompts(policy, questions, with_answer=False, direct=False):
     """Prompts of questions: the picture (one from a file: a function that opens it) and the
@@ -390,6 +396,17 @@ def columns_of(row):
     return {column: value for column, value in values.items()
             if column != "all" and value is not None}
 
+def with_official(rows):
+    """Rows of the result table, each followed by MathVista's own score of it, if there is one."""
+    shown = []
+    for row in rows:
+        shown.append(row)
+        if official := row.get("official"):
+            ci95 = {"id": row["ci95"]["id"], "ood": official["ci95"]}
+            shown.append({**row, "name": f"{row['name']}, by MathVista's rules",
+                          "ood": official["ood"], "ci95": ci95})
+    return shown
+
 def percent(part, whole=1):
     """"12.3 %", a dash where there is nothing to take a share of, or that it is not known."""
     if part is None:
@@ -408,6 +425,7 @@ def points(gain):
 
 def format_table(rows):
     """The result table as text: the paper's columns, accuracies in percent."""
+    rows = with_official(rows)
     width = max(len(row["name"]) for row in rows)                  # of the first column
     lines = [" " * width + "".join(f"{column:>9}" for column in columns_of(rows[0]))]
     for row in rows:

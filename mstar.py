@@ -410,7 +410,7 @@ def stage_warmup(cfg, base, world):
     unsound = share_unsound(questions, kept)
     share_correct = percent(outcomes["correct"], outcomes.total())
     print(f"warm-up   {share_correct} of {outcomes.total():,} responses correct, {len(kept):,} "
-          f"different ones kept, {percent(unsound)} of them unsound", flush=True)
+          f"different ones kept, unsound {percent(unsound)}", flush=True)
     pi_0 = copy.deepcopy(base)                                     # the base is still needed
     # decayed, so that pi_0 has settled: what self-evolving gains is not only a smaller rate
     optimizer = new_optimizer(cfg, pi_0, cfg.warmup_lr, decay_over=cfg.warmup_updates)

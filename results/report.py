@@ -26,7 +26,8 @@ from PIL import Image
 
 from data import oracle, sound
 from evaluate import (columns_of, format_table, grade, make_prompts, one_line_errors, paired_gain,
-                      percent, points, run_command, sample_texts, testbeds_of, tokens_of)
+                      percent, points, run_command, sample_texts, testbeds_of, tokens_of,
+                      with_official)
 from model import WORKERS, Sampling, pixels_of, read_json, seed_for, write_json, write_whole
 from prm import label_responses, score
 
@@ -79,11 +80,8 @@ def print_report(report):
     """The result of a run on screen: the table, the control, last the most important number."""
     print(f"\n{format_table(report['rows'])}\n")
     for row in report["rows"]:
-        print(f"{row['name']}: {percent(row['unparseable'])} unparseable, {percent(row['unsound'])}"
-              f" of the correct ones unsound, {percent(row['readings']['test'])} of readings true")
-        cells = [f"{bed} {percent(value)}" for bed, value in (row.get("official") or {}).items()]
-        if cells:
-            print(f"    by MathVista's rules (16.8 % for empty answers): {', '.join(cells)}")
+        print(f"{row['name']}: unparseable {percent(row['unparseable'])}, unsound (of the correct) "
+              f"{percent(row['unsound'])}, readings true {percent(row['readings']['test'])}")
     stages = ", ".join(f"{name} {s / 60:.1f}" for name, s in report["stages"].items())
     print(f"{report['seconds'] / 60:.1f} minutes on {report['device']}: {stages}")
     others = sorted(report["gain_over"], key=lambda name: name.startswith("pi_0"))     # pi_0 last
@@ -189,7 +187,7 @@ def html_head(report, config, lines):
     if not report:
         return f"<h1>Unfinished: {len(lines)} iterations of {escape(config['arms'])}</h1>{command}"
     rows, row = [], next(row for row in report["rows"] if row["name"] == report["mine"])
-    for other in report["rows"]:
+    for other in with_official(report["rows"]):
         pairs = zip(columns_of(other).values(), columns_of(other["ci95"]).values())
         rows.append([escape(other["name"]), *(f"{100 * value:.1f} <small>[{100 * low:.0f}, "
                                               f"{100 * high:.0f}]</small>"

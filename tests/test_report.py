@@ -389,8 +389,8 @@ def test_the_last_line_on_screen_is_the_gain_over_pi_0(run_folder, capsys):
                              "continuous": {"id": [0.3, 0.2, 0.4], "ood": [0, -0.1, 0.1]}}
     report.print_report(finished)
     lines = capsys.readouterr().out.splitlines()
-    assert ("M-STaR: 12.5 % unparseable, 6.2 % of the correct ones unsound, 99.0 % of readings "
-            "true") in lines
+    assert ("M-STaR: unparseable 12.5 %, unsound (of the correct) 6.2 %, readings true 99.0 %"
+            ) in lines
     assert lines[-5].endswith("base 1.0, arm mstar 0.5")
     assert lines[-1] == f"M-STaR over {PI_0}, in domain: +10.0 points [+0.0, +20.0]"
     assert lines[-2].startswith("M-STaR over continuous, in domain")
