@@ -625,20 +625,20 @@ def read_world(file, images, testbed, sizes, seed=0, skip_missing=False):
         raise ValueError(f"{file}: {dict(wrong)} {bad[:1]}; leave them out by --skip_missing 1")
     splits = {split: [] for split in (*SPLITS, *TASKS)}
     for question in tests:
-        if question.image in checksums:
+        if question.image in checksums:                            # its picture can be opened
             splits[question.task].append(question)
     tested = {checksums[question.image] for task in TASKS for question in splits[task]}
     by_picture, left_out = defaultdict(list), 0
     for question in questions:
         split, picture = question.id.partition("/")[0], checksums.get(question.image)
-        if picture in tested:
+        if picture in tested:                                      # the same pixels
             left_out += 1
         elif split in SPLITS and picture:
             splits[split].append(question)
-        elif picture:
+        elif picture:                                              # None: it cannot be opened
             by_picture[picture].append(question)
     pictures = random.Random(f"{seed}/files").sample(sorted(by_picture), len(by_picture))
-    for split in ("test", "validation"):
+    for split in ("test", "validation"):                           # all questions of a picture
         while len(splits[split]) < sizes[split] and pictures:
             splits[split] += by_picture[pictures.pop()]
     for i, picture in enumerate(pictures):
@@ -674,7 +674,7 @@ def read_questions(file, images):
             wrong["records of another shape"] += 1
             continue
         inside = Path(os.path.normpath(question.image)).is_relative_to(os.path.normpath(images))
-        if not inside:
+        if not inside:                                             # such as ../../secret.png
             wrong["pictures outside the folder"] += 1
         elif not question.answer:
             wrong["records without an answer"] += 1
@@ -685,7 +685,7 @@ def read_questions(file, images):
 def _of_mathv360k(record, images):
     """{id, image, conversations: [{value: question, after "<image>", with hint and choices},
     {value: "The answer is B"}]}; the source is the first folder of the image's path."""
-    image = record["image"][0] if isinstance(record["image"], list) else record["image"]
+    image = record["image"][0] if isinstance(record["image"], list) else record["image"]     # LLaVA
     text = record["conversations"][0]["value"].replace("<image>", "").strip()
     choices = tuple(re.findall(r"^\([A-Z]\) (.*)$", text, re.MULTILINE))
     gold = re.sub(r"^the answer is:?", "", record["conversations"][1]["value"].strip(), flags=re.I)
@@ -748,11 +748,11 @@ def checksums_of(questions, images):
     def checksum(path):
         try:
             pixels = open_picture(path, images)
-            return zlib.crc32(pixels.tobytes(), len(pixels))
+            return zlib.crc32(pixels.tobytes(), len(pixels))       # and the height: 2x3 is no 3x2
         except ValueError as error:
             return str(error)
 
-    paths = sorted({question.image for question in questions})
+    paths = sorted({question.image for question in questions})     # each once
     with ThreadPoolExecutor() as pool:
         found = dict(zip(paths, pool.map(checksum, paths)))
     return ({path: number for path, number in found.items() if isinstance(number, int)},

@@ -178,13 +178,13 @@ def find_answer(text, question):
     number, with which the text must end; the letter of one of the choices, or that choice's text;
     else the rest of the line. None if there is no such answer."""
     before, *answers = BEFORE_ANSWER.split(text)
-    if not answers:
+    if not answers:                                                # it says "answer" nowhere
         return None
-    if isinstance(gold_of(question), Fraction):
+    if isinstance(gold_of(question), Fraction):                    # a number is asked for
         match = NUMBER.fullmatch(answers[-1])
         return Fraction(match[1].replace(",", "")) if match else None
     answer = normal_answer(answers[-1].strip().partition("\n")[0], question.choices)
-    if question.choices:
+    if question.choices:                                           # what is no letter is no choice
         return answer if len(answer) == 1 and answer.isupper() else None
     return answer or None
 
@@ -203,10 +203,10 @@ def official_extraction(text, record):
                 return str(number(text))
     if record["question_type"] == "multi_choice" and text in record["choices"]:
         return text
-    if quick := re.search(r'The answer is "(.*)"\.', text):
+    if quick := re.search(r'The answer is "(.*)"\.', text):        # its own quick rule
         return quick[1]
     before, *answers = BEFORE_ANSWER.split(text)
-    if not answers and "\n" in text.strip():
+    if not answers and "\n" in text.strip():                       # which of the lines?
         return ""
     return [before, *answers][-1].strip().partition("\n")[0].rstrip(".")
 
