@@ -4,11 +4,13 @@ import re
 from pathlib import Path
 from statistics import mean
 
+import numpy as np
 import pytest
 
-from evaluate import columns_of
+from data import TESTBEDS, build_world
+from evaluate import columns_of, correct_in
 from model import read_json
-from results.tables import format_table
+from results.tables import format_table, numbers_in, run_intervals
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "results"
@@ -52,12 +54,44 @@ def test_the_result_table_is_the_mean_of_the_committed_runs():
     assert first_table(READMES[0].read_text()) == expected
     assert not set(detailed) - set(READMES[1].read_text().splitlines())
 
-def test_gains_by_seed_are_those_of_the_committed_runs():
-    lines = READMES[0].read_text().splitlines()
-    for name in OTHERS:
-        cells = [points(report["gain_over"][name][key])
-                 for report in REPORTS for key in ("id", "ood")]
-        assert f"| {MINE} over {name} | {' | '.join(cells)} |" in lines
+def graded(name, split):
+    """(runs, questions) 1.0 where a row of the committed runs is correct."""
+    rows = [next(row for row in report["rows"] if row["name"] == name) for report in REPORTS]
+    return np.array([correct_in(row["graded"][split]) for row in rows])
+
+def test_gains_are_those_of_the_committed_runs_over_questions_and_seeds():
+    text = READMES[0].read_text()
+    gains = first_table(text[text.index("| points, with 95 % intervals"):])
+    assert {f"{MINE} over {name}" for name in OTHERS} <= gains.keys()
+    for pair, cells in gains.items():
+        better, worse = pair.split(" over ")
+        for splits, cell in zip((["test"], TESTBEDS), cells, strict=True):
+            groups = [graded(better, split) - graded(worse, split) for split in splits]
+            assert cell == points((np.mean(groups), *run_intervals(groups)))
+
+def test_accuracies_by_template_are_those_of_the_committed_runs():
+    world = build_world({"test": 750, "validation": 250})          # the same, whatever comes after
+    templates = np.array([question.template for question in world["test"]])
+    asked = np.array([question.template for question in world["validation"]])
+    any_correct = []                                               # (runs, questions)
+    for report in REPORTS:
+        line = next(line for line in report["iterations"] if line["arm"] == "prm")     # of pi_0
+        any_correct.append(numbers_in(line["by_question"]["num_correct"]) > 0)
+    text = READMES[1].read_text()
+    shown = first_table(text[text.index("| template "):])
+    assert {name.split("`")[1] for name in shown} == set(templates)
+    for name, cells in shown.items():
+        template = name.split("`")[1]
+        values = [np.array(any_correct)[:, asked == template].mean()]
+        for method in ("pi_0 (warm-up)", "continuous", "+ PRM re-rank", MINE):
+            values.append(graded(method, "test")[:, templates == template].mean())
+        assert cells == [f"{100 * value:.0f}" for value in values]
+
+def test_accuracies_by_seed_are_those_of_the_committed_runs():
+    text = READMES[1].read_text()
+    shown = first_table(text[text.index("| ID, % |"):])
+    for name, cells in shown.items():
+        assert cells == [f"{100 * values.mean():.1f}" for values in graded(name, "test")]
 
 def test_what_the_base_sees_is_what_was_measured():
     (row,) = read_json(RESULTS / "cpu-base.json")["rows"]
