@@ -1,22 +1,29 @@
 """
 public_against_transformers.py: load_public beside Hugging Face's own code, on random weights in the
-format of SmolVLM. It is no test; it needs `pip install transformers` on top of requirements.txt.
+format of SmolVLM and nanoVLM. It is no test; it needs `pip install transformers` on top of
+requirements.txt.
 
 For tiny networks of both architectures (Idefics3: SmolVLM; SmolVLM: SmolVLM2), and with --full for
 one of the size of SmolVLM-256M: the largest difference between the logits, and whether `sample`,
-with its cache, writes the greedy tokens that their `generate` writes.
+with its cache, writes the greedy tokens that their `generate` writes. nanoVLM is no part of
+transformers: a tiny one is put together from its SigLIP and its Llama.
 Run:      python tests/public_against_transformers.py TOKENIZER.json [--full]
 """
+import re
 import sys
 import tempfile
 from pathlib import Path
 
 import torch
-from transformers import (Idefics3Config, Idefics3ForConditionalGeneration, SmolVLMConfig,
+from safetensors.torch import load_file
+from transformers import (Idefics3Config, Idefics3ForConditionalGeneration, LlamaConfig,
+                          LlamaForCausalLM, SiglipVisionConfig, SiglipVisionModel, SmolVLMConfig,
                           SmolVLMForConditionalGeneration)
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+for folder in (Path(__file__).parent, Path(__file__).parent.parent):
+    sys.path.insert(0, str(folder))
 from model import Prompt, Sampling, sample                                 # noqa: E402
+from test_public import SIZES, write_public                                # noqa: E402
 from weights.public import PublicTokenizer, load_public                    # noqa: E402
 
 TINY = dict(vision=dict(hidden_size=64, intermediate_size=256, num_hidden_layers=2,
@@ -71,12 +78,66 @@ def compare(name, theirs, tokenizer, steps):
           f"({len(tokens)})")
     return difference, response.tokens == tokens
 
+NANOVLM_NAMES = (
+    ("vision_model.", ""), ("embeddings.patch_embedding", "vision_encoder.patch_embedding.conv"),
+    ("embeddings.position_embedding.weight", "vision_encoder.patch_embedding.position_embedding"),
+    ("encoder.layers", "vision_encoder.blocks"), ("layer_norm1", "ln1"), ("layer_norm2", "ln2"),
+    ("post_layernorm", "vision_encoder.layer_norm"), ("model.layers", "decoder.blocks"),
+    ("self_attn", "attn"), ("o_proj", "out_proj"), ("input_layernorm", "norm1"),
+    ("post_attention_layernorm", "norm2"), ("model.norm", "decoder.norm"),
+    ("model.embed_tokens", "decoder.token_embedding"), ("lm_head", "decoder.token_embedding"))
+
+def nanovlm_name(name):
+    """What nanoVLM calls a parameter of transformers' SigLIP or Llama."""
+    for theirs, public in NANOVLM_NAMES:
+        name = name.replace(theirs, public)
+    return name
+
+@torch.no_grad()
+def compare_nanovlm(tokenizer):
+    """The same for a file in nanoVLM's format, whose pixels are in [0, 1]."""
+    with tempfile.TemporaryDirectory() as folder:
+        write_public(Path(folder), "nanovlm", tokenizer)
+        public = load_file(Path(folder) / "model.safetensors")
+        ours = load_public(folder, tokenizer)
+    c = SIZES
+    vision = SiglipVisionModel(SiglipVisionConfig(
+        hidden_size=c["vision_width"], intermediate_size=4 * c["vision_width"],
+        num_hidden_layers=c["vision_layers"], num_attention_heads=c["vision_heads"],
+        image_size=c["image_size"], patch_size=c["patch_size"], vision_use_head=False)).eval()
+    text = LlamaForCausalLM(LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=c["width"], intermediate_size=c["hidden"],
+        num_hidden_layers=c["layers"], num_attention_heads=c["heads"], rms_norm_eps=1e-5,
+        num_key_value_heads=c["kv_heads"], rope_theta=c["rope_theta"])).eval()
+    for network in (vision, text):
+        for name, parameter in network.named_parameters():
+            tensor = public.get(nanovlm_name(name))
+            if tensor is None:                                     # q, k and v stand in one
+                of_all = re.sub("[qkv]_proj", "qkv_proj", nanovlm_name(name))
+                part = "qkv".index(re.search("([qkv])_proj", name)[1])
+                tensor = public[of_all].chunk(3)[part]
+            parameter.copy_(tensor.view(parameter.shape))
+    image = torch.randint(0, 256, (64, 64, 3), dtype=torch.uint8)
+    seen = vision(image.permute(2, 0, 1)[None] / 255).last_hidden_state            # (1, P, C)
+    side, s = c["image_size"] // c["patch_size"], c["shuffle"]
+    seen = seen.view(1, side // s, s, side // s, s, -1).permute(0, 1, 3, 2, 4, 5)  # pixel shuffle
+    seen = seen.flatten(3).flatten(1, 2) @ public["MP.proj.weight"].T              # (1, I, C)
+    ids = tokenizer.prompt("What is 3 + 4?")
+    lead = torch.tensor([tokenizer.lead], dtype=torch.long)        # the small tokenizer has them
+    embed = text.model.embed_tokens
+    whole = torch.cat([embed(lead), seen, embed(torch.tensor([ids]))], dim=1)
+    expected = text(inputs_embeds=whole).logits[:, -len(ids):]
+    logits = ours(image[None], torch.tensor([ids]))
+    print(f"nanoVLM, tiny: logits up to {expected.abs().max():.1f} differ by "
+          f"{(logits - expected).abs().max():.1e}")
+
 if __name__ == "__main__":
     tokenizer = PublicTokenizer(sys.argv[1])
     kinds = {"Idefics3": (Idefics3Config, Idefics3ForConditionalGeneration),
              "SmolVLM": (SmolVLMConfig, SmolVLMForConditionalGeneration)}
     for name, kind in kinds.items():
         compare(f"{name}, tiny", random_weights(*kind, TINY, tokenizer), tokenizer, 24)
+    compare_nanovlm(PublicTokenizer(Path(__file__).parent / "tokenizer.json"))
     if "--full" in sys.argv:
         theirs = random_weights(*kinds["Idefics3"], FULL, tokenizer)
         compare("Idefics3, 256M", theirs, tokenizer, 12)
