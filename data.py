@@ -10,7 +10,7 @@ Read:     drawing -> scenes -> templates -> reasoning and oracle -> splits -> qu
 Departs:  questions are made from templates, answers are whole numbers from 1 to 99, pictures are
           4 x 4 cells. The five task types keep MathVista's names; what each asks is our choice.
 Run:      python data.py --preview FILE.png      (a contact sheet of all task types and testbeds)
-          python data.py --check FILE --images DIR [--testbed FILE]      (what files hold)
+          python data.py --check FILE --images DIR [--testbed FILE2]      (what FILE holds)
 """
 import argparse
 import ast
@@ -53,9 +53,9 @@ LARGEST = 99                                                       # all numbers
 @dataclass(frozen=True)
 class Question:
     """A question about one picture, with its gold answer. The policy sees the picture and the text
-    only; `drawing` and what follows render the picture and feed the oracle."""
-    id: str              # split/number
-    task: str            # one of TASKS
+    only; `drawing` to `look` render the picture and feed the oracle."""
+    id: str              # split/number; of a file: its own
+    task: str            # one of TASKS; of MathV360K: the source, such as TabMWP
     template: str        # name of the template that made it
     text: str
     answer: int          # of a file: text in the form of `normal_answer`
@@ -614,37 +614,42 @@ def read_world(file, images, testbed, sizes, seed=0, skip_missing=False):
     those of a `testbed` (MathVista's testmini.json), whose five tasks become testbeds.
 
     By picture, so that none is in two splits: first test and validation, then half of the rest
-    labeled, half unlabeled, as in the paper. Pictures of the testbed are left out. Who has splits
-    already gives the records ids such as test/0: those stay in that split, in order. OSError.
-    ValueError says what is missing or wrong; with `skip_missing` that is left out."""
+    labeled, half unlabeled, as in the paper. Pictures of the testbed are left out. If a file has
+    splits already, name them in the ids (test/0): those records stay there, in order. Raises
+    OSError, or ValueError, which says what is missing or wrong; with `skip_missing` that is left
+    out."""
     questions, wrong = read_questions(file, images)
     tests, wrong_tests = read_questions(testbed, images) if testbed else ([], Counter())
     checksums, bad = checksums_of(questions + tests, images)
     wrong += wrong_tests + Counter({"pictures that cannot be opened": len(bad)})
     if wrong and not skip_missing:
-        raise ValueError(f"{file}: {dict(wrong)} {bad[:1]}; leave them out by --skip_missing 1")
+        raise ValueError(f"{file} {testbed}: {dict(wrong)} {bad[:1]}; leave them out by "
+                         "--skip_missing 1")
     splits = {split: [] for split in (*SPLITS, *TASKS)}
     for question in tests:
         if question.image in checksums:                            # its picture can be opened
             splits[question.task].append(question)
     tested = {checksums[question.image] for task in TASKS for question in splits[task]}
-    by_picture, left_out = defaultdict(list), 0
+    left_out, placed, by_picture = 0, set(), defaultdict(list)
     for question in questions:
         split, picture = question.id.partition("/")[0], checksums.get(question.image)
         if picture in tested:                                      # the same pixels
             left_out += 1
-        elif split in SPLITS and picture:
+        elif split in SPLITS and picture:                          # the file's own split
             splits[split].append(question)
+            placed.add(picture)
         elif picture:                                              # None: it cannot be opened
             by_picture[picture].append(question)
+    for picture in placed & by_picture.keys():
+        left_out += len(by_picture.pop(picture))
     pictures = random.Random(f"{seed}/files").sample(sorted(by_picture), len(by_picture))
     for split in ("test", "validation"):                           # all questions of a picture
         while len(splits[split]) < sizes[split] and pictures:
             splits[split] += by_picture[pictures.pop()]
     for i, picture in enumerate(pictures):
         splits[("labeled", "unlabeled")[i % 2]] += by_picture[picture]
-    print(f"data      {file}: {len(questions):,} questions on {len(set(checksums.values())):,} "
-          f"pictures; left out: {left_out:,} on pictures of the testbed, {dict(wrong)}", flush=True)
+    print(f"data      {file}: {len(questions):,} questions; left out: {left_out:,} on pictures of "
+          f"the testbed or of a named split, {dict(wrong)}", flush=True)
     for split in ("test", "validation", "labeled", "unlabeled"):
         if len(splits[split]) < sizes[split]:
             raise ValueError(f"{file}: {len(splits[split]):,} questions for the split {split}: ask "
@@ -660,7 +665,7 @@ def read_questions(file, images):
     try:
         text = file.read_text(encoding="utf-8")
         records = json.loads(text) if file.suffix != ".jsonl" else \
-            list(map(json.loads, text.splitlines()))
+            [json.loads(line) for line in text.split("\n") if line.strip()]
     except ValueError as error:
         raise ValueError(f"{file}: not JSON ({error})") from error
     if not isinstance(records, dict | list):
@@ -705,7 +710,7 @@ HINTS = {                                      # MathVista's, by type of answer 
 
 def _of_mathvista(record, images):
     """A record of testmini.json, asked in the order of its query.json (hint, question, unit,
-    choices); the gold answer of a choice is its text."""
+    choices). Its gold answer is the text of the right choice; here it becomes its letter."""
     columns = {"figure question answering": "FQA", "geometry problem solving": "GPS",
                "math word problem": "MWP", "textbook question answering": "TQA",
                "visual question answering": "VQA"}
@@ -728,8 +733,8 @@ def _of_mathvista(record, images):
                     choices=choices, record=record)
 
 def normal_answer(text, choices=()):
-    """One form for what means the same: "(b).", "B. 5 cm" and the text of choice B -> "B", "1,000"
-    and "1000.0" -> "1000", " Yes " -> "yes"."""
+    """One form for what means the same: with choices "(b).", "B. 5 cm" and the text of choice B ->
+    "B"; "1,000" and "1000.0" -> "1000"; other text in lower case, " Yes " -> "yes"."""
     text = " ".join(text.strip().strip("$").rstrip(".").split()).lower()
     texts = [" ".join(choice.split()).lower() for choice in choices]
     if letter := re.fullmatch(r"\(?([a-z])\)?|\(?([a-z])[).:].*", text):
@@ -776,7 +781,7 @@ def open_picture(path, images=None, size=None, longest=None):
     if longest:
         ratio = picture.width / picture.height
         shorter = int(longest / ratio if ratio >= 1 else longest * ratio)
-        shorter += shorter % 2                                     # even, as their processor does
+        shorter = max(2, shorter + shorter % 2)                    # even, as their processor does
         sides = (longest, shorter) if ratio >= 1 else (shorter, longest)
         picture = picture.resize(sides, Image.LANCZOS)
     if size and picture.size != (size, size):
@@ -797,7 +802,7 @@ def check_file(file, images, testbed=""):
     kinds = Counter()
     for question in questions:
         if re.fullmatch(r"-?\d+(\.\d+|/\d+)?", question.answer):
-            kinds["number"] += 1
+            kinds["plain number"] += 1
         else:
             is_letter = question.answer.isupper()                  # other texts are lower
             kinds["letter" if is_letter else "text"] += 1
@@ -807,12 +812,14 @@ def check_file(file, images, testbed=""):
     sources = Counter(question.task for question in questions)
     lines += [f"  {source}: {n:,}" for source, n in sources.most_common()]
     wrong += Counter({"pictures that cannot be opened": len(bad)})
-    lines += [f"left out: {n:,} {what}" for what, n in wrong.items()]
+    lines += [f"wrong: {n:,} {what}" for what, n in wrong.items()]
     lines += bad[:3]
     if testbed:
-        tested, _ = checksums_of(read_questions(testbed, images)[0], images)
+        tests, wrong = read_questions(testbed, images)
+        tested, bad = checksums_of(tests, images)
         shared = pictures & set(tested.values())
-        lines.append(f"left out: {len(shared):,} pictures that are in {testbed}, too")
+        lines += [f"{testbed}: {len(tests):,} questions, {len(shared):,} of its pictures are here",
+                  *(f"wrong: {n:,} {what}" for what, n in wrong.items()), *bad[:3]]
     if questions:
         lines += [f"for example {questions[0].id}, {questions[0].image}:", questions[0].text,
                   f"gold answer: {questions[0].answer}"]
@@ -857,7 +864,7 @@ class Tokenizer:
 
     def prompt(self, text, answer=None, direct=False):
         """Prompt ids of a question's text; with `answer`, the prompt of the paper's warm-up.
-        `direct`: asked for no steps, which our base has no words for."""
+        `direct`, the answer alone, changes nothing: our base has no words for it."""
         if answer is not None:
             text = f"{text} the answer is {answer}."
         return [self.BOS, *self.encode(text), self.SEP]

@@ -49,9 +49,9 @@ def evaluate_policy(name, policy, world, max_new_tokens, direct=False):
     official, graded}; accuracies in [0, 1]. `direct`: asked for the answer without steps.
 
     unsound: by the oracle, of the correct responses to the test. readings: {split: the share of
-    written readings that are true}, which is how well it sees. official: like ood, by the rules of
-    MathVista. graded: a letter per question (c correct, w wrong, u unparseable), for paired
-    comparisons. What is not known of questions from files is None."""
+    written readings that are true}, which is how well it sees. official: {ood, ci95} by the rules
+    of MathVista. graded: {split: a letter per question (c correct, w wrong, u unparseable)}, for
+    paired comparisons. What is not known of questions from files is None."""
     graded, readings, unsound, official, beds = {}, {}, None, {}, testbeds_of(world)
     for split in ("test", *beds):
         questions = world[split]
@@ -70,7 +70,7 @@ def evaluate_policy(name, policy, world, max_new_tokens, direct=False):
     for task in TASKS:
         of_task = [question.task == task for question in world["test"]]
         if any(of_task) and task not in beds:
-            on_test[task] = on_test["all"][of_task]                # a column of the paper
+            on_test[task] = on_test["all"][of_task]                # a column of the table
     on_bed = {bed: correct_in(graded[bed]) for bed in beds}        # each (questions,)
     (id, id_ci95), (ood, ood_ci95) = accuracies(on_test), accuracies_and_all(on_bed)
     scores, scores_ci95 = accuracies_and_all(official)
@@ -155,12 +155,14 @@ def answer_greedily(policy, questions, max_new_tokens, title, direct=False):
 
 BEFORE_ANSWER = re.compile(r"answer(?:\s+is\b)?\s*:|answer\s+is\b", re.IGNORECASE)
 INTEGER = r"[0-9]{1,3}(?:,[0-9]{3}){1,9}|[0-9]{1,30}"              # longer ones are no answers
+# 1,000 or -3.5 or .5 or 1/2, with $ or a unit, which is ignored; *+ gives nothing back: no text
+# takes long
 NUMBER = re.compile(rf"[ \t]*+\$?([+-]?(?:(?:{INTEGER})(?:\.[0-9]{{0,30}}|/0*+[1-9][0-9]{{0,29}})?"
                     r"|\.[0-9]{1,30}))[ \t]*+(?:%|°|degrees|years|[cmk]?m|k?g|ft)?\$?\.?\s*+")
 
 def grade(text, question):
     """Binary reward 1(a == a*), with a third outcome: "correct", "wrong" or "unparseable", which is
-    counted apart everywhere. Numbers are compared by value: 7, 7.0 and 07 agree."""
+    counted apart everywhere. Numbers are compared by value: 7, 7.0, 07 and 7 cm agree."""
     answer = find_answer(text, question)
     if answer is None:                                             # is counted apart
         return "unparseable"
@@ -192,7 +194,7 @@ def is_official(text, record):
     """Is a response to a record of MathVista correct by its own rules (extract_answer.py and
     calculate_score.py of its repository), but for its questions to GPT: in their place stands what
     follows "answer:", or a response of one line itself. An empty response is then the shortest
-    choice: empty everywhere scores 16.8 %."""
+    choice: empty everywhere scores 16.8 % on the real testmini.json (cpu-public.json)."""
     return official_prediction(official_extraction(text, record), record) == record["answer"]
 
 def official_extraction(text, record):
@@ -397,7 +399,8 @@ def columns_of(row):
             if column != "all" and value is not None}
 
 def with_official(rows):
-    """Rows of the result table, each followed by MathVista's own score of it, if there is one."""
+    """Rows of the result table, each followed by one with MathVista's own score of its testbeds, if
+    there is one (ID stays by our grade)."""
     shown = []
     for row in rows:
         shown.append(row)
@@ -408,7 +411,7 @@ def with_official(rows):
     return shown
 
 def percent(part, whole=1):
-    """"12.3 %", a dash where there is nothing to take a share of, or that it is not known."""
+    """"12.3 %"; "-" if the whole is 0, "not known" if the part is None."""
     if part is None:
         return "not known"
     return f"{100 * part / whole:.1f} %" if whole else "-"
@@ -481,7 +484,7 @@ def compare(folders):
             if runs and config[name] != runs[0][0][name]:
                 raise ValueError(f"the runs have different --{name}: they cannot be paired")
         row = next(row for row in report["rows"] if row["name"] == report["mine"])
-        run = config, row["graded"]                                # equal flags may be other code
+        run = config, row["graded"]            # equal flags and other letters: by other code
         if run in runs:
             raise ValueError(f"{folder} is the run {folders[runs.index(run)]} once more")
         runs.append(run)
@@ -493,14 +496,17 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description="Score a saved policy again, or compare runs.",
                                      argument_default=argparse.SUPPRESS)
     parser.add_argument("runs", metavar="runs/NAME", nargs="+", help="one run, or several")
-    for flag, help in (("data", "one run on other questions: of this file"),
-                       ("images", "with pictures in this folder"), ("testbed", "and of this one")):
+    for flag, help in (("data", "score one run on the questions of this file"),
+                       ("images", "with pictures in this folder"),
+                       ("testbed", "and on this testbed, MathVista's testmini.json")):
         parser.add_argument(f"--{flag}", metavar="PATH", help=help)
     parser.error = lambda message: parser.exit(2, f"evaluate.py: {message}; see --help\n")
     flags = vars(parser.parse_args(argv))
     folders = flags.pop("runs")
     if flags and len(folders) > 1:
         parser.error("runs are compared on the questions that they were tested on")
+    if flags and not {"data", "images"} <= flags.keys():
+        parser.error("--data and --images go together, and --testbed with them")
     bad_input = ValueError, KeyError, TypeError
     with one_line_errors("evaluate.py", f"{' '.join(folders)}: not what runs leave", *bad_input):
         if len(folders) > 1:

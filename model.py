@@ -9,9 +9,9 @@ Read:     VisionTower -> DecoderBlock -> Policy -> save, load -> fit -> sample  
 Departs:  sizes, and trained from scratch; one image per question, of one size, without tiling.
 Run:      python tests/bench.py runs/NAME      (how fast it is)
 
-Letters in shape comments: N different (image, prompt) pairs, B batch rows, P image patches,
-I image tokens, T text tokens, S cached tokens, C width, H heads, G key/value heads, D = C / H,
-V vocabulary, Q questions, L responses per question, R = Q L responses.
+Letters in shape comments: N different (image, prompt) pairs, B batch rows, P patches or (in the
+decoder) prompt tokens, I image tokens, T text tokens, S cached tokens, C width, H heads, G
+key/value heads, D = C / H, V vocabulary, Q questions, L responses per question, R = Q L responses.
 """
 import hashlib
 import json
@@ -236,8 +236,8 @@ class DecoderBlock(nn.Module):
         return self.finish(x, attended.view(len(x), self.heads, 1, self.head_dim))
 
 class Policy(nn.Module):
-    """The vision-language transformer pi(y | x, o): image tokens, then text, one causal sequence,
-    tied embeddings. The tokenizer travels with it: without it, ids mean nothing."""
+    """The vision-language transformer pi(y | x, o): image tokens (behind `lead`), then text, one
+    causal sequence. The tokenizer travels with it: without it, ids mean nothing."""
 
     def __init__(self, config, tokenizer):
         super().__init__()
@@ -306,7 +306,7 @@ class Policy(nn.Module):
 
         Image and prompt are read once for all their rows: attention is causal, so their keys and
         values depend on nothing behind them. (Else an update takes 1.08 times as long, and PRM
-        scores 1.3 times.)"""
+        scores 1.25 times.)"""
         prefix = torch.cat([self.see(images), self.embed(prompts)], dim=1)             # (N, I+P, C)
         rows = self.embed(ids)                                                         # (B, T, C)
         S, T, device = prefix.shape[1], ids.shape[1], ids.device
@@ -687,7 +687,7 @@ class Sampling(NamedTuple):
     temperature: object           # of the responses: one number, or a list of L; 0 is greedy
     max_new_tokens: int           # what is longer is cut off
     seed: int
-    streams: object = None        # which random numbers each of the L draws with; 0 .. L-1
+    streams: object = None        # which random numbers each of the L draws with; None: 0 .. L-1
 
 class Response(NamedTuple):
     """One sampled response. `tokens` end with the end token if `complete`; else they were cut off

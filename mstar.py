@@ -11,9 +11,9 @@ Read:     Config, METHODS -> self_evolve (the paper's algorithm) -> what it call
 Departs:  the base is our own, of 0.8 M parameters (weights/base.py), the paper's a pretrained LMM;
           learning rates are larger (there 1e-6, for 8B), rounds smaller (6.25 % of the questions,
           there 25 %, chosen on validation); training is counted in updates. Smaller
-          ones are named where they are made: best_temperature, pass_metrics, reward_of,
+          departures are named where they are made: best_temperature, pass_metrics, reward_of,
           questions_for_iteration.
-Run:      python mstar.py [--preset cpu|gpu|test] [--method mstar] [--seed N] [--out runs/NAME] ...
+Run:      python mstar.py [--preset NAME] [--method mstar] [--seed N] [--out runs/NAME] ...
           python mstar.py --resume runs/NAME
 """
 import argparse
@@ -89,7 +89,7 @@ class Config:
     warmup_updates: int = setting(200, "updates on those that are correct")
     warmup_lr: float = setting(5e-4, "learning rate, also of direct SFT", 1e-9)
     # process reward model
-    prm_questions: int = setting(4000, "labeled questions behind those, for step labels", 2)
+    prm_questions: int = setting(4000, "labeled questions after the warm-up's, for step labels", 2)
     prm_responses: int = setting(4, "responses per question", most=1000)
     prm_rollouts: int = setting(8, "completions per step", most=1000)
     prm_temperature: float = setting(0.6, "temperature of the completions", 0.01, 100)
@@ -103,7 +103,7 @@ class Config:
                               choices=("last", "pi_0"))
     optimizer: str = setting("inherit", "optimizer state and schedule at each iteration",
                              choices=("inherit", "reset"))
-    interval: float = setting(0.0625, "share of those questions per iteration; the paper: 0.25",
+    interval: float = setting(0.0625, "share of the asked questions per iteration; the paper: 0.25",
                               1e-9, 1)
     select: str = setting("all", "which correct responses are trained on",
                           choices=("all", "top", "threshold", "random"))
@@ -119,13 +119,13 @@ class Config:
                           "as in the paper")
     watches: int = setting(0, "how many validations, at equal distances, measure all temperatures",
                            0)
-    epochs: float = setting(2.0, "how often each of them is asked in all", 1e-9)
+    epochs: float = setting(2.0, "how often each question is asked in all", 1e-9)
     rollouts_per_question: int = setting(8, "L; the paper: 16", most=1000)
     evolve_updates: int = setting(1600, "updates of all iterations, equal for every method")
     evolve_lr: float = setting(3e-4, "learning rate, constant as in the paper", 1e-9)
     # everywhere
     batch_size: int = setting(32, "examples per update")
-    micro_batch: int = setting(16, "of them at once; fewer need less memory")
+    micro_batch: int = setting(16, "examples of a batch at once; fewer need less memory")
     lr_warmup_updates: int = setting(20, "linear start of every schedule")
     validations: int = setting(8, "how often a policy is validated, at equal distances")
     monitor_rollouts: int = setting(16, "n of pass@k on validation", most=1000)
@@ -133,7 +133,7 @@ class Config:
 
     @property
     def splits(self):
-        """Sizes of the splits, for data.build_world."""
+        """Sizes of the splits, for data.world_of."""
         base = RECIPES[self.recipe].questions if self.policy == "scratch" else 0
         return {"base": base, "labeled": self.labeled,
                 "unlabeled": self.labeled, "validation": self.validation, "test": self.test,
@@ -198,7 +198,7 @@ ROW_NAMES = {"pi_0": "pi_0 (warm-up)", "sft": "SFT (direct answers)", "prm": "+ 
              "mstar": "M-STaR"}                                    # others have their own
 PRESETS = {
     "cpu": {},                                                     # the defaults: 2 cores
-    # an eighth of the questions, all asked in each of 16 rounds: training saturates (C8, C9)
+    # an eighth of the questions, all asked in each of 16 rounds: training saturates (claims C8, C9)
     "few": dict(evolve_questions=1000, epochs=16.0, interval=1.0, evolve_updates=3200, sweeps=8),
     "test": dict(policy="scratch", recipe="test", labeled=48, validation=10, test=20,
                  testbed_questions=5, warmup_questions=10, warmup_rollouts=2, warmup_updates=3,
@@ -210,8 +210,8 @@ PRESETS = {
                 warmup_lr=3e-4, rollouts_per_question=16, evolve_updates=6000, evolve_lr=5e-5,
                 batch_size=128, micro_batch=128),
     # for --policy and --data: SmolVLM-256M on a GPU of 24 GB (500M: --micro_batch 4), or of 80 GB;
-    # sized on paper, see results/README.md. Weights stay in fp32: in bf16, which has 8 bits, an
-    # update of a ten-thousandth would be rounded away
+    # sized on paper, see results/README.md. Weights stay in fp32: in bf16, whose numbers have 8
+    # significant bits, an update of a ten-thousandth would be rounded away
     "smolvlm": dict(labeled=20000, warmup_questions=4000, warmup_updates=500, warmup_lr=1e-5,
                     prm_lr=2e-4, interval=0.25, sweeps=4, evolve_updates=2500, evolve_lr=5e-6,
                     batch_size=64, micro_batch=8, max_new_tokens=256),
@@ -243,7 +243,7 @@ def self_evolve(cfg, pi_0, prm, world, run):
         if cfg.unlabeled == "vote":                                # Table 3
             answered = pseudo_answered(prm, questions, num_labeled, prompts, texts)
 
-        # 2. Reward: R = H(1(a == a*) R_p): correct, no text twice, the best by their weakest step
+        # 2. Reward: R = H(1(a == a*) R_p): correct, no text twice, the best by R_p
         correct, outcomes = unique_correct(answered, texts)
         kept = select(cfg, prm, prompts, correct, iteration)
 
@@ -313,7 +313,7 @@ def select(cfg, prm, prompts, correct, iteration):
         return random_k(correct, cfg.keep_top, seed_for(cfg.seed, "random", iteration))
     tokens = [[prm.tokenizer.response(text)] for _, text in correct]
     rewards = response_rewards(prm, [prompts[i] for i, _ in correct], tokens)
-    rewards = [reward for (reward,) in rewards]                    # R_p = min over steps of f(step)
+    rewards = [reward for (reward,) in rewards]                    # R_p of each, see prm.reward_of
     if cfg.select == "top":
         return top_k(correct, rewards, cfg.keep_top)               # the paper: Top-2
     return sorted(key for key, reward in zip(correct, rewards) if reward > cfg.threshold)
@@ -399,9 +399,9 @@ def choose_temperature(cfg, policy, prm, world, current):
 # ---------------------------------------------------------------- the stages before it
 
 def stage_warmup(cfg, base, world):
-    """The paper's warm-up: (pi_0, what was kept). The base model writes reasoning with the answer
-    in its prompt; what reaches another answer is dropped; on the rest it is trained, without the
-    answer in the prompt."""
+    """The paper's warm-up: (pi_0, {kept: how many, unsound, updates, loss}). The base model writes
+    reasoning with the answer in its prompt; what reaches another answer is dropped; on the rest it
+    is trained, without the answer in the prompt."""
     questions = world["labeled"][:cfg.warmup_questions]
     how = Sampling(cfg.warmup_rollouts, 1.0, cfg.max_new_tokens, seed_for(cfg.seed, "warmup"))
     with_answers = make_prompts(base, questions, with_answer=True)  # the paper's triplet
@@ -425,7 +425,7 @@ def direct_sft(cfg, base, world, run):
     optimizer = new_optimizer(cfg, policy, cfg.warmup_lr, decay_over=updates)
     questions = world["labeled"][-cfg.evolve_questions:]
     answers = [(i, f"answer: {question.answer}") for i, question in enumerate(questions)]
-    prompts = make_prompts(policy, questions, direct=True)         # and no steps
+    prompts = make_prompts(policy, questions, direct=True)         # the answer alone
     trained = sft(cfg, policy, optimizer, prompts, answers, updates, "sft", fit=run.fit)
     return policy, trained["updates"]
 
@@ -463,7 +463,8 @@ class Run:
         return network
 
     def save(self, name, number, policy, optimizer, **about):
-        """What goes on after round (or part) `number` of a training; the one before goes."""
+        """Save what a training goes on from after round (or part) `number`, then delete the save
+        before it."""
         lines = [line for line in self.lines if line["arm"] == name]  # a resumed run needs them
         path = self.out / "checkpoint" / f"{name}-{number}.safetensors"
         save(path, policy, optimizer, number=number, lines=lines, **about)

@@ -149,7 +149,8 @@ class RewardModel(nn.Module):
 
         How hard a question is decides most of a label, but re-ranking compares responses to one
         question. So each pair of steps of one question (in one part of a batch) adds the logistic
-        loss of its difference, by how much the labels differ (our choice, on validation)."""
+        loss of its difference, by how much the labels differ, divided by the number of the
+        question's steps, times 2 (our choice, on validation)."""
         is_end = labels >= 0
         logits, _ = self(images, prompts, lengths, owner, ids, targets)
         logits, soft = logits[is_end], labels[is_end]                                  # (steps,)
@@ -163,8 +164,8 @@ class RewardModel(nn.Module):
 
 def train_prm(cfg, pi_0, questions, labels):
     """Train the PRM on step labels, but for those of the last tenth of the labeled questions, which
-    are held out. Returns (RewardModel, {loss; of held-out steps, of which one counts as good if
-    more than half of its rollouts were correct, steps, good (their share), auc})."""
+    are held out. Returns (RewardModel, {loss; of the held-out steps: steps (how many), good (the
+    share with more than half of their rollouts correct), auc})."""
     torch.manual_seed(seed_for(cfg.seed, "PRM"))
     prm = RewardModel(pi_0.config, pi_0.tokenizer).to(pi_0.device)
     prm.policy.load_state_dict(pi_0.state_dict())                  # a copy
@@ -187,7 +188,7 @@ def train_prm(cfg, pi_0, questions, labels):
     scores = [s for (steps,) in scores for s in steps]             # all held-out steps
     good = [target > 0.5 for label in held_out for target in label.targets]
     if all(good) or not any(good):
-        print("PRM       all step labels are alike: its scores will be of no use for ranking")
+        print("PRM       the held-out steps are all good, or all bad: no AUC")
     print(f"PRM       {len(good):,} steps of held-out questions: AUC {percent(auc(good, scores))}; "
           f"training loss {loss:.3f}", flush=True)
     return prm, {"steps": len(good), "good": float(np.mean(good)), "auc": auc(good, scores),
@@ -288,7 +289,7 @@ def pseudo_answered(prm, questions, num_labeled, prompts, texts):
     for question, group, weights in zip(questions[num_labeled:], texts, rewards):
         answers = [find_answer(text, question) for text in group]
         vote = weighted_vote(answers, weights)                     # the pseudo answer
-        answered.append(replace(question, answer="" if vote is None else vote))        # "": none is
+        answered.append(replace(question, answer="" if vote is None else vote))  # "" equals none
     return answered
 
 # ---------------------------------------------------------------- the comparison with the oracle
@@ -301,7 +302,7 @@ def audit(pi_0, prm, labels, labeled, questions, max_new_tokens, n=16):
             answer correct, picked by R_p or by pi_0's likelihood, or voted, of the first N
         unsound_W, steps_W (Figure 2b): share of unsound responses and mean number of steps, of the
             correct and different ones: W = all of them, or the top_2 or likely_2 of each question
-        auc_reward, auc_likelihood: does R_p tell sound from unsound among those of one question
+        auc_reward, auc_likelihood: does R_p, does likelihood tell sound from unsound responses
     and auc_of_labels, auc_of_scores: do labels and scores tell the oracle's true steps. Where there
     is no oracle, of questions from files, what needs one is None."""
     prompts = make_prompts(pi_0, questions)
@@ -317,8 +318,8 @@ def audit(pi_0, prm, labels, labeled, questions, max_new_tokens, n=16):
         for name, number in compare_top_2(question, group, rewards, likely).items():
             numbers[name].append(number)
         for text, (logits, _) in zip(group, of_group) if question.facts else ():
-            step_scores += logits                                  # a cut text may end in a break
-            true_steps += oracle(question, text)[:len(logits)]
+            step_scores += logits                                  # in the order of the scores
+            true_steps += oracle(question, text)[:len(logits)]     # a cut text may end in a break
     _, greedy = answer_greedily(pi_0, questions, max_new_tokens, "audit: greedy")
     numbers["greedy"] = [outcome == "correct" for outcome in greedy]
     mean = {}

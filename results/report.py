@@ -77,7 +77,7 @@ def make_report(cfg, run, command, world, rows, mine, lines):
             "gain_over": {row["name"]: paired_gain(my_row, row) for row in others}}
 
 def print_report(report):
-    """The result of a run on screen: the table, the control, last the most important number."""
+    """The result of a run on screen: table, how sound and true texts are, last the main gain."""
     print(f"\n{format_table(report['rows'])}\n")
     for row in report["rows"]:
         print(f"{row['name']}: unparseable {percent(row['unparseable'])}, unsound (of the correct) "
@@ -99,9 +99,11 @@ def write_samples(cfg, run, select, policy, pi_0, prm, world, temperature, itera
     if cfg.method != run.main_method or iteration % cfg.every(LOOKS):
         return
     chosen = []
-    for kind in (*sorted({q.task for q in world["validation"]}), *testbeds_of(world)):
-        asked = world.get(kind) or [q for q in world["validation"] if q.task == kind]
+    for kind in sorted({question.task for question in world["validation"]}):
+        asked = [question for question in world["validation"] if question.task == kind]
         chosen += [(kind, question) for question in asked[:SHOWN]]
+    for bed in testbeds_of(world):
+        chosen += [(bed, question) for question in world[bed][:SHOWN]]
     kinds, questions = zip(*chosen)
     seed, prompts = seed_for(cfg.seed, "samples"), make_prompts(policy, questions)
     how = Sampling(cfg.rollouts_per_question, temperature, cfg.max_new_tokens, seed)

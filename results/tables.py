@@ -157,7 +157,7 @@ def claims_of(name, arms, reports):
         effects = {}
         for size in ("medium", "large"):
             more = [gain("mstar", "pi_0", bed, size) - gain("mstar", "pi_0", bed, "small")
-                    for bed in TESTBEDS]
+                    for bed in beds]
             effects[f"gain of {size} over gain of small"] = more
         claims.append(("C10", "the smallest policy gains least out of domain", effects, 0.0, None))
     if name == "table2":                                           # and Figure 2, from the audits
@@ -180,8 +180,8 @@ def figure_2_claims(audits):
     majority = of["majority_of_16"]
     votes = {"majority voting over best-of-16": [majority - of["best_of_16"]],
              "majority voting over weighted voting": [majority - of["weighted_vote_of_16"]]}
-    # 0 where nothing is left out
-    unsound = [np.nan_to_num(of["unsound_all"] - of["unsound_top_2"])]     # all, without an oracle
+    # nan, where no response is correct or nobody knows, counts as 0
+    unsound = [np.nan_to_num(of["unsound_all"] - of["unsound_top_2"])]
     steps = [np.nan_to_num(of["steps_all"] - of["steps_top_2"])]
     return [("C5", "best-of-16 and weighted voting by the PRM do not beat majority voting (by more "
              "than a point)", votes, 0.01, None),

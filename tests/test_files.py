@@ -219,6 +219,14 @@ def test_no_picture_is_in_two_splits(sixty, capsys):
     again = read_world(sixty / "sixty.json", sixty, "", SIZES, seed=1)
     assert "GPS" not in again and again["test"] != world["test"]
 
+def test_no_picture_of_a_named_split_is_in_another(sixty):
+    records = json.loads((sixty / "sixty.json").read_text())
+    records[7]["id"] = "test/7"                                    # its picture: 37, too
+    (sixty / "named.json").write_text(json.dumps(records))
+    world = read_world(sixty / "named.json", sixty, "", SIZES)
+    assert world["test"][0].id == "test/7"
+    assert sum(q.image.endswith("/7.png") for split in SIZES for q in world[split]) == 1
+
 def test_what_is_missing_is_said_or_left_out(sixty):
     (sixty / "5.png").write_text("no picture")
     with pytest.raises(ValueError, match="cannot be opened': 1.*5.png.*skip_missing"):
@@ -265,12 +273,12 @@ def test_check_says_what_a_file_holds(file, images):
     file.write_text(json.dumps(more))
     text = "\n".join(check_file(file, images))
     assert "5 questions on 2 different pictures, 1 files with the pixels of another" in text
-    assert "{'letter': 2, 'text': 2, 'number': 1}" in text and "UniGeo: 2" in text
-    assert "left out: 1 pictures that cannot be opened" in text
-    assert "left out: 1 pictures outside the folder" in text and "how much?" in text
+    assert "{'letter': 2, 'text': 2, 'plain number': 1}" in text and "UniGeo: 2" in text
+    assert "wrong: 1 pictures that cannot be opened" in text
+    assert "wrong: 1 pictures outside the folder" in text and "how much?" in text
     assert "gone.png" in text
     text = "\n".join(check_file(file, images, file))               # a testbed of the same pictures
-    assert "left out: 2 pictures that are in" in text
+    assert "2 of its pictures are here" in text
 
 @pytest.mark.parametrize("content", ["", "[1, 2", '"text"', "null", "7"])
 def test_a_file_that_holds_no_records_is_one_line(content, file, images):

@@ -2,8 +2,9 @@
 weights/public.py: public weights of the SigLIP + pixel shuffle + Llama family, and their tokenizer,
 for --policy FOLDER: SmolVLM, SmolVLM2 (256M, 500M) and nanoVLM-222M.
 
-The network is model.Policy: only names and sizes are translated, by public_names.json. What these
-models do with pictures in tiles is left out: one picture, of one size.
+The network is model.Policy: names and sizes are translated, by public_names.json, and for nanoVLM
+the scale of pixels. What these models do with pictures in tiles is left out: one picture, of one
+size.
 Read:     load_policy, tokenizer_for -> load_public -> PublicTokenizer
 Run:      python mstar.py --policy SmolVLM-256M-Instruct/
 """
@@ -90,7 +91,8 @@ def _place_in(about, places):
     return None
 
 def _public_tensor(name, shape, names, theirs):
-    """Our tensor of a name, in fp32, from theirs."""
+    """Our tensor of a name, in fp32, from theirs. names: our stem -> theirs, "#" is the layer, and
+    "a.k_proj+v_proj" are two that stand below one another here."""
     number = "".join(re.findall(r"(?<=blocks\.)\d+", name))
     stem, _, kind = name.replace(f"blocks.{number}", "blocks.#").rpartition(".")
     if name == "vision.position":
@@ -153,7 +155,7 @@ class PublicTokenizer:
         return len(self.symbols)
 
     def encode(self, text):
-        """Token ids of a text. The few bytes that no text in UTF-8 has are no tokens."""
+        """Token ids of a text. Bytes without a token (UTF-8 never has them) are left out."""
         ids = []
         for part in self.added.split(text):
             if part in self.ids and self.added.fullmatch(part):
