@@ -65,7 +65,7 @@ class Question:
     routes: tuple = ()   # equal ways to the answer, such as "(a + b) - c"
     look: str = "plain"  # how it is drawn: plain, style or layout
     # of a question from a file, which has no drawing and no known facts
-    image: str = ""      # path of its picture
+    image: str = field(default="", repr=False)                     # path of its picture
     choices: tuple = ()  # the answers to choose from
     record: dict = field(default=None, repr=False)                 # MathVista's, for its own score
 
@@ -620,79 +620,107 @@ def read_world(file, images, testbed, sizes, seed=0, skip_missing=False):
     out."""
     questions, wrong = read_questions(file, images)
     tests, wrong_tests = read_questions(testbed, images) if testbed else ([], Counter())
+    if any(question.record is None for question in tests):
+        raise ValueError(f"{testbed}: not MathVista's testmini.json")
     checksums, bad = checksums_of(questions + tests, images)
-    wrong += wrong_tests + Counter({"pictures that cannot be opened": len(bad)})
+    wrong += wrong_tests
+    if bad:
+        wrong[f"pictures that cannot be opened (the first: {bad[0]})"] = len(bad)
     if wrong and not skip_missing:
-        raise ValueError(f"{file} {testbed}: {dict(wrong)} {bad[:1]}; leave them out by "
-                         "--skip_missing 1")
-    splits = {split: [] for split in (*SPLITS, *TASKS)}
+        raise ValueError(f"{file} {testbed}: {dict(wrong)}; leave them out by --skip_missing 1")
+    beds, tested = {task: [] for task in TASKS}, set()
     for question in tests:
         if question.image in checksums:                            # its picture can be opened
-            splits[question.task].append(question)
-    tested = {checksums[question.image] for task in TASKS for question in splits[task]}
-    left_out, placed, by_picture = 0, set(), defaultdict(list)
+            beds[question.task].append(question)
+            tested.add(checksums[question.image])
+    if testbed and not tested:
+        raise ValueError(f"{testbed}: none of its pictures can be opened")
+    usable = [question for question in questions if question.image in checksums]
+    usable = [question for question in usable if checksums[question.image] not in tested]
+    print(f"data      {file}: {len(usable):,} of {len(questions):,} questions are used: the others "
+          f"are on pictures of the testbed, or {dict(wrong)}", flush=True)
+    splits = split_by_picture(usable, checksums, sizes, seed) | beds
+    for split, size in sizes.items():
+        least = 1 if size == math.inf else size                    # inf: all that there are
+        if len(splits[split]) < least and split not in (*TESTBEDS, "base"):
+            raise ValueError(f"{file}: {len(splits[split]):,} questions for the split {split}: ask "
+                             f"for fewer than {least:,} (--test, --validation, --labeled)")
+    return {split: some for split, some in splits.items() if some}
+
+def split_by_picture(questions, checksums, sizes, seed):
+    """{split: questions} for `read_world`: those whose ids name a split, then the others, in random
+    order, all of a picture together. ValueError: a picture in two named splits."""
+    splits, split_of, by_picture = {split: [] for split in SPLITS}, {}, defaultdict(list)
     for question in questions:
-        split, picture = question.id.partition("/")[0], checksums.get(question.image)
-        if picture in tested:                                      # the same pixels
-            left_out += 1
-        elif split in SPLITS and picture:                          # the file's own split
-            splits[split].append(question)
-            placed.add(picture)
-        elif picture:                                              # None: it cannot be opened
+        split, picture = question.id.partition("/")[0], checksums[question.image]
+        if split not in SPLITS:
             by_picture[picture].append(question)
-    for picture in placed & by_picture.keys():
-        left_out += len(by_picture.pop(picture))
-    pictures = random.Random(f"{seed}/files").sample(sorted(by_picture), len(by_picture))
-    for split in ("test", "validation"):                           # all questions of a picture
-        while len(splits[split]) < sizes[split] and pictures:
+        elif split_of.setdefault(picture, split) != split:
+            raise ValueError(f"{question.id}: its picture is in the split {split_of[picture]}, too")
+        else:
+            splits[split].append(question)
+    pictures = sorted(by_picture.keys() - split_of)                # none of a named split's
+    pictures = random.Random(f"{seed}/files").sample(pictures, len(pictures))
+    for split in ("test", "validation"):
+        while len(splits[split]) < sizes.get(split, 0) and pictures:
             splits[split] += by_picture[pictures.pop()]
     for i, picture in enumerate(pictures):
         splits[("labeled", "unlabeled")[i % 2]] += by_picture[picture]
-    print(f"data      {file}: {len(questions):,} questions; left out: {left_out:,} on pictures of "
-          f"the testbed or of a named split, {dict(wrong)}", flush=True)
-    for split in ("test", "validation", "labeled", "unlabeled"):
-        if len(splits[split]) < sizes[split]:
-            raise ValueError(f"{file}: {len(splits[split]):,} questions for the split {split}: ask "
-                             f"for fewer than {sizes[split]:,} (--test, --validation, --labeled)")
-    return {split: some[:sizes.get(split)] for split, some in splits.items() if some}
+    return {split: some[:min(len(some), sizes.get(split, 0))] for split, some in splits.items()}
 
 def read_questions(file, images):
     """The questions of a file, with pictures in the folder `images`: MathV360K's (a JSON list, or
     a record per line of a .jsonl) or MathVista's testmini.json (a dict). Returns (list of Question,
     a Counter of what is wrong with the other records). Pictures are not opened. OSError; ValueError
     names a file that is no JSON."""
-    file = Path(file)
+    file, place = Path(file), ""
     try:
-        text = file.read_text(encoding="utf-8")
-        records = json.loads(text) if file.suffix != ".jsonl" else \
-            [json.loads(line) for line in text.split("\n") if line.strip()]
-    except ValueError as error:
-        raise ValueError(f"{file}: not JSON ({error})") from error
+        text = file.read_text(encoding="utf-8-sig")
+        if file.suffix == ".jsonl":                                # a record per line
+            records = []
+            for number, line in enumerate(text.split("\n"), 1):
+                place = f" in line {number}"
+                records += [json.loads(line)] if line.strip() else []
+        else:
+            records = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{file}: not JSON{place} ({error})") from error
     if not isinstance(records, dict | list):
         raise ValueError(f"{file}: neither a list of records nor a dict of them")
     is_mathvista = isinstance(records, dict)
-    questions, wrong = [], Counter()
-    for record in records.values() if is_mathvista else records:
+    questions, wrong, first = [], Counter(), {}
+    for number, record in enumerate(records.values() if is_mathvista else records):
         try:
             question = (_of_mathvista if is_mathvista else _of_mathv360k)(record, images)
+            (question.text + question.image + question.answer).encode()    # no half of a character
+            inside = Path(os.path.normpath(question.image)).is_relative_to(os.path.normpath(images))
         except (KeyError, TypeError, AttributeError, IndexError, ValueError):
-            wrong["records of another shape"] += 1
-            continue
-        inside = Path(os.path.normpath(question.image)).is_relative_to(os.path.normpath(images))
-        if not inside:                                             # such as ../../secret.png
-            wrong["pictures outside the folder"] += 1
-        elif not question.answer:
-            wrong["records without an answer"] += 1
+            fault = "records of another shape"
         else:
-            questions.append(question)
-    return questions, wrong
+            if not inside:                                         # such as ../../secret.png
+                fault = "pictures outside the folder"
+            elif not question.answer:
+                fault = "records without an answer"
+            elif question.choices and not question.answer.isupper():
+                fault = "answers that are none of the choices"
+            else:
+                questions.append(question)
+                continue
+        wrong[fault] += 1
+        first.setdefault(fault, number)
+    return questions, Counter({f"{fault} (the first: number {first[fault]})": times
+                               for fault, times in wrong.items()})
 
 def _of_mathv360k(record, images):
     """{id, image, conversations: [{value: question, after "<image>", with hint and choices},
     {value: "The answer is B"}]}; the source is the first folder of the image's path."""
     image = record["image"][0] if isinstance(record["image"], list) else record["image"]     # LLaVA
     text = record["conversations"][0]["value"].replace("<image>", "").strip()
-    choices = tuple(re.findall(r"^\([A-Z]\) (.*)$", text, re.MULTILINE))
+    before, *listed = text.rpartition("Choices:")[1:]              # (A) 5 (B) 6, in lines or not
+    pattern = r"(?<!\S)\(([A-Z])\)\s*(.*?)(?=\s+\([A-Z]\)|\s*$)"
+    lettered = re.findall(pattern, "".join(listed), re.DOTALL)
+    in_order = [letter for letter, _ in lettered] == [chr(65 + i) for i in range(len(lettered))]
+    choices = tuple(choice for _, choice in lettered) if in_order else ()
     gold = re.sub(r"^the answer is:?", "", record["conversations"][1]["value"].strip(), flags=re.I)
     source = image.split("/")[0].replace(" ", "_") if "/" in image else "unknown"
     return Question(str(record["id"]), source, "", text, normal_answer(gold, choices),
@@ -734,18 +762,24 @@ def _of_mathvista(record, images):
 
 def normal_answer(text, choices=()):
     """One form for what means the same: with choices "(b).", "B. 5 cm" and the text of choice B ->
-    "B"; "1,000" and "1000.0" -> "1000"; other text in lower case, " Yes " -> "yes"."""
-    text = " ".join(text.strip().strip("$").rstrip(".").split()).lower()
-    texts = [" ".join(choice.split()).lower() for choice in choices]
+    "B" (the first of equal choices); "1,000" and "1000.0" -> "1000"; other text in lower case,
+    " Yes " -> "yes", "(b)" -> "b"."""
+    def plain(text):
+        return " ".join(text.split()).rstrip(".。").strip("$ ").lower()
+
+    exact, texts = text.strip(), list(map(plain, choices))
+    if len(exact) > 3 and exact in choices:                        # not "a" or "(a)"
+        return chr(ord("A") + texts.index(plain(exact)))
+    text = plain(text)
     if letter := re.fullmatch(r"\(?([a-z])\)?|\(?([a-z])[).:].*", text):
         number = ord(letter[1] or letter[2]) - ord("a")
         if number < len(choices):
-            return chr(ord("A") + number)
+            return chr(ord("A") + texts.index(texts[number]))
     if text in texts:
         return chr(ord("A") + texts.index(text))
-    if re.fullmatch(r"[+-]?(\d{1,3}(,\d{3})+|\d+)(\.\d*)?|[+-]?\.\d+", text, re.ASCII):
+    if re.fullmatch(r"[+-]?(\d{1,3}(,\d{3})+|\d{1,28})(\.\d*)?|[+-]?\.\d+", text, re.ASCII):
         return f"{Decimal(text.replace(',', '')).normalize():f}"
-    return text
+    return re.sub(r"^\((\w)\)$", r"\1", text)
 
 def checksums_of(questions, images):
     """({path: checksum of the pixels} of the pictures of questions, a list of what is wrong with
@@ -766,7 +800,8 @@ def checksums_of(questions, images):
 def open_picture(path, images=None, size=None, longest=None):
     """The picture at `path`, (height, width, 3) uint8, transparent parts white: its longest side
     brought to `longest` (SmolVLM: 2048), then squashed to `size` x `size` (512), where they are
-    given. ValueError names one that is missing, outside of `images`, broken, or a bomb."""
+    given. As SmolVLM's processor does, it leaves turned photographs turned, and makes those of 16
+    bits too bright. ValueError: one that is missing, outside of `images`, broken, or too large."""
     try:
         if images and not Path(path).resolve().is_relative_to(Path(images).resolve()):
             raise ValueError(f"outside of {images}")
@@ -791,8 +826,11 @@ def open_picture(path, images=None, size=None, longest=None):
 @lru_cache(maxsize=4096)                                           # 3 GB at 512 pixels
 def picture_of(path, size):
     """A picture from a file as a policy of this image size sees it. SmolVLM, of 512 pixels, was
-    trained on pictures that were first brought to 2048."""
-    return open_picture(path, size=size, longest=2048 if size == 512 else None)
+    trained on pictures that were first brought to 2048. OSError: it is no longer there."""
+    try:
+        return open_picture(path, size=size, longest=2048 if size == 512 else None)
+    except ValueError as error:
+        raise OSError(str(error)) from error
 
 def check_file(file, images, testbed=""):
     """Say what a file of questions holds and what is wrong with it: lines of text."""

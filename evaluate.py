@@ -153,11 +153,12 @@ def answer_greedily(policy, questions, max_new_tokens, title, direct=False):
 
 # ---------------------------------------------------------------- is an answer correct
 
-BEFORE_ANSWER = re.compile(r"answer(?:\s+is\b)?\s*:|answer\s+is\b", re.IGNORECASE)
+BEFORE_ANSWER = re.compile(r"(?:answer(?:\s+is\b)?|答案)\s*[:：]|answer\s+is\b", re.IGNORECASE)
+MARKUP = re.compile(r"[*`]+|\\boxed\{([^{}]*)\}")                 # **5**, \boxed{5}
 INTEGER = r"[0-9]{1,3}(?:,[0-9]{3}){1,9}|[0-9]{1,30}"              # longer ones are no answers
 # 1,000 or -3.5 or .5 or 1/2, with $ or a unit, which is ignored; *+ gives nothing back: no text
 # takes long
-NUMBER = re.compile(rf"[ \t]*+\$?([+-]?(?:(?:{INTEGER})(?:\.[0-9]{{0,30}}|/0*+[1-9][0-9]{{0,29}})?"
+NUMBER = re.compile(rf"\s*+\$?([+-]?(?:(?:{INTEGER})(?:\.[0-9]{{0,30}}|/0*+[1-9][0-9]{{0,29}})?"
                     r"|\.[0-9]{1,30}))[ \t]*+(?:%|°|degrees|years|[cmk]?m|k?g|ft)?\$?\.?\s*+")
 
 def grade(text, question):
@@ -179,15 +180,18 @@ def find_answer(text, question):
     """The answer after the last "answer:" or "answer is", of the kind that the gold one is: a
     number, with which the text must end; the letter of one of the choices, or that choice's text;
     else the rest of the line. None if there is no such answer."""
-    before, *answers = BEFORE_ANSWER.split(text)
+    before, *answers = BEFORE_ANSWER.split(MARKUP.sub(r"\1", text))
     if not answers:                                                # it says "answer" nowhere
         return None
-    if isinstance(gold_of(question), Fraction):                    # a number is asked for
+    gold = gold_of(question)
+    if isinstance(gold, Fraction):                                 # a number is asked for
         match = NUMBER.fullmatch(answers[-1])
         return Fraction(match[1].replace(",", "")) if match else None
     answer = normal_answer(answers[-1].strip().partition("\n")[0], question.choices)
     if question.choices:                                           # what is no letter is no choice
         return answer if len(answer) == 1 and answer.isupper() else None
+    if gold in ("yes", "no"):                                      # "No, it is not"
+        answer = re.split(r"\W", answer)[0]
     return answer or None
 
 def is_official(text, record):
@@ -480,7 +484,8 @@ def compare(folders):
     for folder in folders:
         report = read_json(Path(folder) / "report.json")
         config = {**report["config"], "out": ""}                   # wherever the run lies
-        for name in ("world_seed", "validation", "test", "testbed_questions", "data", "testbed"):
+        config["questions"] = report.get("questions")              # a checksum
+        for name in ("world_seed", "validation", "test", "testbed_questions", "questions"):
             if runs and config[name] != runs[0][0][name]:
                 raise ValueError(f"the runs have different --{name}: they cannot be paired")
         row = next(row for row in report["rows"] if row["name"] == report["mine"])
@@ -496,7 +501,7 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description="Score a saved policy again, or compare runs.",
                                      argument_default=argparse.SUPPRESS)
     parser.add_argument("runs", metavar="runs/NAME", nargs="+", help="one run, or several")
-    for flag, help in (("data", "score one run on the questions of this file"),
+    for flag, help in (("data", "score one run on all questions of this file"),
                        ("images", "with pictures in this folder"),
                        ("testbed", "and on this testbed, MathVista's testmini.json")):
         parser.add_argument(f"--{flag}", metavar="PATH", help=help)
@@ -514,13 +519,16 @@ def main(argv=None):
             comparison = {"rows": rows, "gain_over_first": gains}
             write_json(Path(folders[0]) / "comparison.json", comparison)
         else:
-            config = {**read_json(Path(folders[0]) / "config.json"), **flags}
+            config = read_json(Path(folders[0]) / "config.json")
+            if flags:
+                config |= {"testbed": "", "skip_missing": 1, **flags, "splits": {"test": math.inf}}
             tokenizer = tokenizer_for(config["policy"])
             policy = load_network(Path(folders[0]) / "policy.safetensors", tokenizer)
     if len(folders) == 1:
         with one_line_errors("evaluate.py", "nothing is lost", ValueError):
             world = world_of(config)
-            rows = [evaluate_policy(folders[0], policy, world, config["max_new_tokens"])]
+            rows = [evaluate_policy(folders[0], policy, world, config["max_new_tokens"],
+                                    direct=config["method"] == "sft")]
     print(format_table(rows))
     if len(folders) == 1:
         accuracy, ci95 = rows[0]["id"]["all"], rows[0]["ci95"]["id"]["all"]

@@ -529,6 +529,8 @@ def run_stages(cfg, out, command, program="mstar"):
     tokenizer, arms = tokenizer_for(cfg.policy), arms_of(cfg)
     try:
         world = world_of({**asdict(cfg), "splits": cfg.splits})    # the same for all seeds
+        for question in chain.from_iterable(world.values()) if cfg.data else ():
+            tokenizer.encode(question.text)                        # does it know all the words?
     except (OSError, ValueError) as error:                         # such as: not enough pictures
         fail(error)
     check_identity(cfg, out, command, program, world, tokenizer)

@@ -74,6 +74,7 @@ def make_report(cfg, run, command, world, rows, mine, lines):
             "prm": prm and {key: prm[key] for key in ("steps", "good", "auc")},
             "audit": audited and audited["by_question"],
             "tasks": " ".join(question.task for question in world["test"]),
+            "questions": seed_for(0, [world[split] for split in ("test", *testbeds_of(world))]),
             "gain_over": {row["name"]: paired_gain(my_row, row) for row in others}}
 
 def print_report(report):

@@ -66,9 +66,8 @@ def main(argv=None):
         return run_table(name, cfg, seeds, " ".join(["python -m results.tables", *argv]))
 
 def run_table(name, cfg, seeds, command):
-    """Each seed has a folder, in which base, pi_0, PRM and finished arms stay, for other tables,
-    too. Writes results/PRESET-NAME.json, or, with --out or if there is one of more seeds, into the
-    folder of the runs; returns what it holds."""
+    """Each seed has a folder, in which pi_0, PRM and finished arms stay, for all tables. Writes and
+    returns results/PRESET-NAME.json; with --out, or if one of more seeds is there, beside them."""
     folder, reports = Path(cfg.out or f"runs/{cfg.preset}-tables"), []
     for size, suffix in SIZES.items() if name == "table5" else [("medium", "")]:
         for seed in range(seeds):
@@ -79,7 +78,6 @@ def run_table(name, cfg, seeds, command):
     result, file = make_table(name, reports, command), Path(f"results/{cfg.preset}-{name}.json")
     if cfg.out or file.exists() and len(read_json(file)["seeds"]) > seeds:
         file = folder / file.name
-    file.parent.mkdir(exist_ok=True)
     write_json(file, result)
     if name == "dynamics":
         write_html(file.with_suffix(".html"), name, html_dynamics(result["arms"]))
@@ -166,7 +164,7 @@ def claims_of(name, arms, reports):
         fixed = [arm["iterations"] for arm in arms if arm["arm"] == "prm_watched"]
         adaptive = [arm["iterations"] for arm in arms if arm["arm"] == "mstar_watched"]
         claims += [*dynamics_claims(fixed), figure_5_claim(fixed, adaptive)]
-    return claims
+    return [claim for claim in claims if claim[2]]                 # something is known about them
 
 def numbers_in(text):
     """The numbers of each question as an array; "-" is nan."""
@@ -181,12 +179,13 @@ def figure_2_claims(audits):
     votes = {"majority voting over best-of-16": [majority - of["best_of_16"]],
              "majority voting over weighted voting": [majority - of["weighted_vote_of_16"]]}
     # nan, where no response is correct or nobody knows, counts as 0
-    unsound = [np.nan_to_num(of["unsound_all"] - of["unsound_top_2"])]
+    unsound = of["unsound_all"] - of["unsound_top_2"]
+    known = {} if np.isnan(unsound).all() else {"all over Top-2": [np.nan_to_num(unsound)]}
     steps = [np.nan_to_num(of["steps_all"] - of["steps_top_2"])]
     return [("C5", "best-of-16 and weighted voting by the PRM do not beat majority voting (by more "
              "than a point)", votes, 0.01, None),
             ("C5", "and yet it re-ranks well: fewer of the Top-2 than of all correct responses are "
-             "unsound (share, per question)", {"all over Top-2": unsound}, 0.0, None),
+             "unsound (share, per question)", known, 0.0, None),
             ("C6", "the Top-2 have fewer steps than all correct responses (steps, per question)",
              {"all over Top-2": steps}, 0.0, None)]
 

@@ -316,7 +316,7 @@ def two_runs(tmp_path):
                "ood": dict.fromkeys((*TESTBEDS, "all"), 0.5)}
         base = {**row, "name": "base", "graded": {split: "w" * 40 for split in graded}}
         config = {"out": name, "seed": seed, "world_seed": 0, "validation": 10, "test": 40,
-                  "testbed_questions": 40, "data": "", "testbed": ""}
+                  "testbed_questions": 40}
         folders.append(tmp_path / name)
         folders[-1].mkdir()
         write_json(folders[-1] / "report.json",
@@ -381,7 +381,8 @@ def test_a_report_without_what_is_needed_is_one_clear_error(two_runs, capsys):
 def test_a_saved_policy_is_scored_again(policy, tmp_path, capsys):
     splits = {"test": 10, **dict.fromkeys(TESTBEDS, 2)}
     write_json(tmp_path / "config.json", {"splits": splits, "world_seed": 3, "max_new_tokens": 6,
-                                          "policy": "base.safetensors", "data": ""})
+                                          "policy": "base.safetensors", "data": "",
+                                          "method": "mstar"})
     save(tmp_path / "policy.safetensors", policy)
     evaluate.main([str(tmp_path)])
     shown = capsys.readouterr().out

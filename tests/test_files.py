@@ -2,10 +2,12 @@
 sets themselves could not be had; records are written here as their files hold them."""
 import itertools
 import json
+import math
 import os
 import shutil
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +20,7 @@ import mstar
 import prm
 from data import Question, check_file, normal_answer, open_picture, read_questions, read_world
 from evaluate import edit_distance, gold_of, grade, is_official, official_prediction
+from model import save, write_json
 from test_public import write_public
 from weights.public import PublicTokenizer
 
@@ -72,13 +75,34 @@ def test_records_of_mathv360k(file, images):
         ("identity_2", "UniGeo", "B"), ("identity_6", "VizWiz", "yes")]
     assert questions[1].text == CHOOSE and questions[1].choices == CHOICES
     assert questions[1].image == f"{images}/TabMWP/images/1.png"
-    assert wrong == {"pictures outside the folder": 1, "records without an answer": 1,
-                     "records of another shape": 1}
+    assert wrong == {"pictures outside the folder (the first: number 3)": 1,
+                     "records without an answer (the first: number 4)": 1,
+                     "records of another shape (the first: number 5)": 1}
+
+@pytest.mark.parametrize("listed, expected", [
+    ("(A) 5 (B) 6 (C) 7", ("5", "6", "7")), ("\n(A)5\n (B) 6 cm", ("5", "6 cm")), ("\nA. 5", ()),
+    ("\n(B) 6", ()), ("\n(A) f(X) (B) g", ("f(X)", "g"))])
+def test_choices_have_the_letters_a_b_c(listed, expected, file, images):
+    asked = f"Question: which?\nChoices:{listed}"
+    file.write_text(json.dumps([mathv360k(0, "TabMWP/images/1.png", asked, "The answer is A")]))
+    (question,), _ = read_questions(file, images)
+    assert question.choices == expected
+
+def test_what_no_answer_can_meet_and_no_tokenizer_read_is_left_out(file, images):
+    picture = "TabMWP/images/1.png"
+    file.write_text(json.dumps([mathv360k(0, picture, CHOOSE, "The answer is A and B"),
+                                mathv360k(1, picture, "how \ud83d?", "The answer is 1")]))
+    assert read_questions(file, images) == ([], {
+        "answers that are none of the choices (the first: number 0)": 1,
+        "records of another shape (the first: number 1)": 1})
 
 def test_a_record_per_line_is_the_same(file, images):
     lines = file.with_suffix(".jsonl")
-    lines.write_text("\n".join(map(json.dumps, RECORDS)))
+    lines.write_text("\ufeff" + "\n".join(map(json.dumps, RECORDS)) + "\n")
     assert read_questions(lines, images) == read_questions(file, images)
+    lines.write_text("{}\n{}\n{")
+    with pytest.raises(ValueError, match="line 3"):
+        read_questions(lines, images)
 
 def mathvista(pid, answer, choices=None, kind="integer", precision=None, unit=None,
               image="TabMWP/images/1.png", task="geometry problem solving"):
@@ -94,7 +118,8 @@ def test_records_of_mathvista(tmp_path, images):
                "4": {**mathvista("4", "15 cm", list(CHOICES)), "choices": []}}
     (tmp_path / "testmini.json").write_text(json.dumps(records))
     (free, choice), wrong = read_questions(tmp_path / "testmini.json", images)
-    assert wrong == {"records of another shape": 2} and (free.task, free.answer) == ("GPS", "1.2")
+    assert wrong == {"records of another shape (the first: number 2)": 2}
+    assert (free.task, free.answer) == ("GPS", "1.2")
     assert free.text == (
         "Hint: Please answer the question requiring a floating-point number with two decimal "
         "places and provide the final value, e.g., 1.23, 1.34, 1.45, at the end.\n"
@@ -122,7 +147,17 @@ def asked(answer, choices=()):
     ("answer: d", asked("B", CHOICES), "unparseable"),
     ("answer: 15 cm", asked("B", CHOICES), "unparseable"),
     ("Answer: Yes.", asked("yes"), "correct"), ("Answer: no", asked("yes"), "wrong"),
-    ("the answer is A Cow", asked("a cow"), "correct")])
+    ("the answer is A Cow", asked("a cow"), "correct"),
+    ("Answer:\n5", asked("5"), "correct"), ("**Answer:** 5", asked("5"), "correct"),
+    ("Answer: **5**", asked("5"), "correct"), (r"Answer: \boxed{5}.", asked("5"), "correct"),
+    ("**Answer: A**", asked("A", CHOICES), "correct"), ("答案：5。", asked("x"), "wrong"),
+    ("Answer: No, it is not.", asked("no"), "correct"), ("答案：5", asked("5"), "correct"),
+    ("Answer: $x=5$.", asked("x=5"), "correct"), ("Answer: (b)", asked("b"), "correct"),
+    ("Answer: The dog is brown.", asked("A", ("The dog is brown.", "No.")), "correct"),
+    ("Answer: $10$", asked("B", ("$5$", "$10$")), "correct"),
+    ("Answer: C. elegans", asked("A", ("C. elegans", "E. coli", "yeast")), "correct"),
+    ("Answer: B", asked("A", ("3", "3", "5")), "correct"),         # two equal choices
+    ("Answer: C", asked("A", ("3", "3", "5")), "wrong")])
 def test_grades_of_numbers_letters_and_texts(text, question, outcome):
     assert grade(text, question) == outcome
 
@@ -215,7 +250,7 @@ def test_no_picture_is_in_two_splits(sixty, capsys):
             pixels = open_picture(question.image).tobytes()
             assert place.setdefault(pixels, split) == split
     assert len(place) > 15 and open_picture(sixty / "0.png").tobytes() not in place
-    assert "left out: 2 on pictures of the testbed" in capsys.readouterr().out
+    assert "58 of 60 questions are used" in capsys.readouterr().out
     again = read_world(sixty / "sixty.json", sixty, "", SIZES, seed=1)
     assert "GPS" not in again and again["test"] != world["test"]
 
@@ -226,10 +261,20 @@ def test_no_picture_of_a_named_split_is_in_another(sixty):
     world = read_world(sixty / "named.json", sixty, "", SIZES)
     assert world["test"][0].id == "test/7"
     assert sum(q.image.endswith("/7.png") for split in SIZES for q in world[split]) == 1
+    records[37]["id"] = "labeled/37"
+    (sixty / "named.json").write_text(json.dumps(records))
+    with pytest.raises(ValueError, match="labeled/37.*test"):
+        read_world(sixty / "named.json", sixty, "", SIZES)
+
+def test_all_questions_of_a_file_are_a_test(sixty):
+    world = read_world(sixty / "sixty.json", sixty, "", {"test": math.inf})
+    assert world.keys() == {"test"} and len(world["test"]) == 60
+    with pytest.raises(ValueError, match="not MathVista"):
+        read_world(sixty / "sixty.json", sixty, sixty / "sixty.json", SIZES)
 
 def test_what_is_missing_is_said_or_left_out(sixty):
     (sixty / "5.png").write_text("no picture")
-    with pytest.raises(ValueError, match="cannot be opened': 1.*5.png.*skip_missing"):
+    with pytest.raises(ValueError, match="cannot be opened.*5.png.*: 1.*skip_missing"):
         read_world(sixty / "sixty.json", sixty, "", SIZES)
     world = read_world(sixty / "sixty.json", sixty, "", SIZES, skip_missing=True)
     used = {question.image for split in SIZES for question in world[split]}
@@ -336,6 +381,32 @@ def test_every_stage_runs_on_public_weights_and_files(sixty, tmp_path, capsys):
     evaluate.main([str(tmp_path / "run")])
     prm.main([str(tmp_path / "run")])
     assert "steps_top_2" in capsys.readouterr().out
+    files = ["--data", str(sixty / "sixty.json"), "--images", str(sixty)]
+    evaluate.main([str(tmp_path / "run"), *files])                 # of all 60, without a testbed
+    assert "OOD" not in capsys.readouterr().out
+
+def test_a_policy_of_direct_answers_is_asked_for_them(policy, tmp_path, monkeypatch, capsys):
+    """As in its run, when it is scored again."""
+    cfg, _ = mstar.parse([*SMALL, "--method", "sft"])
+    write_json(tmp_path / "config.json", {**asdict(cfg), "splits": cfg.splits})
+    save(tmp_path / "policy.safetensors", policy)
+    was_direct, real = [], evaluate.make_prompts
+
+    def spy(policy, questions, with_answer=False, direct=False):
+        was_direct.append(direct)
+        return real(policy, questions, with_answer, direct)
+
+    monkeypatch.setattr(evaluate, "make_prompts", spy)
+    evaluate.main([str(tmp_path)])
+    assert was_direct and all(was_direct)
+
+def test_words_that_the_policy_does_not_know_are_one_line(sixty, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        mstar.main([*SMALL, "--labeled", "16", "--policy", "weights/base.safetensors", "--data",
+                    str(sixty / "sixty.json"), "--images", str(sixty), "--out",
+                    str(tmp_path / "run")])
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.count("\n") == 1 and "unknown symbol 'Q'" in error
 
 @pytest.mark.parametrize("flags, words", [
     (["--data", "none.json", "--images", "."], "none.json"), (["--data", "x.json"], "--images"),
