@@ -716,9 +716,8 @@ def _of_mathv360k(record, images):
     {value: "The answer is B"}]}; the source is the first folder of the image's path."""
     image = record["image"][0] if isinstance(record["image"], list) else record["image"]     # LLaVA
     text = record["conversations"][0]["value"].replace("<image>", "").strip()
-    before, *listed = text.rpartition("Choices:")[1:]              # (A) 5 (B) 6, in lines or not
-    pattern = r"(?<!\S)\(([A-Z])\)\s*(.*?)(?=\s+\([A-Z]\)|\s*$)"
-    lettered = re.findall(pattern, "".join(listed), re.DOTALL)
+    listed = " ".join(text.rpartition("Choices:")[2].split())      # (A) 5 (B) 6, in lines or not
+    lettered = re.findall(r"(?<!\S)\(([A-Z])\) ?(.*?)(?= \([A-Z]\)|$)", listed)
     in_order = [letter for letter, _ in lettered] == [chr(65 + i) for i in range(len(lettered))]
     choices = tuple(choice for _, choice in lettered) if in_order else ()
     gold = re.sub(r"^the answer is:?", "", record["conversations"][1]["value"].strip(), flags=re.I)
