@@ -8,7 +8,8 @@ Read:     evaluate_policy -> answer_greedily -> grade -> the statistics -> compa
 Departs:  the in-domain test carries the task columns (the paper gives them for MathVista); the
           out-of-domain columns are our five testbeds; of questions from files they are MathVista's
           task types, scored by our grade and by MathVista's own rules. Intervals are ours.
-Run:      python evaluate.py runs/NAME               (score a saved policy again)
+Run:      python evaluate.py runs/NAME               (score a saved policy again; or, with --data
+                                                      FILE --images DIR, on other questions)
           python evaluate.py runs/A runs/B           (compare finished runs with the first)
 """
 import argparse
