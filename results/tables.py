@@ -78,6 +78,7 @@ def run_table(name, cfg, seeds, command):
     result, file = make_table(name, reports, command), Path(f"results/{cfg.preset}-{name}.json")
     if cfg.out or file.exists() and len(read_json(file)["seeds"]) > seeds:
         file = folder / file.name
+    file.parent.mkdir(exist_ok=True)
     write_json(file, result)
     if name == "dynamics":
         write_html(file.with_suffix(".html"), name, html_dynamics(result["arms"]))
@@ -311,8 +312,7 @@ def markdown(head, rows):
     return [lines[0], "|---" * len(head) + "|", *lines[1:], ""]
 
 def format_table(result):
-    """A table as Markdown, beside the paper's numbers; of the dynamics also curves; verdicts
-    last."""
+    """A table as Markdown, beside the paper's numbers; curves of the dynamics; verdicts last."""
     name, groups, seeds = result["table"], defaultdict(list), len(result["seeds"])
     for arm in result["arms"]:
         groups[arm["size"], arm["arm"]].append(arm)
