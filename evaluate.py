@@ -503,7 +503,7 @@ def main(argv=None):
                                      argument_default=argparse.SUPPRESS)
     parser.add_argument("runs", metavar="runs/NAME", nargs="+", help="one run, or several")
     for flag, help in (("data", "score one run on all questions of this file"),
-                       ("images", "with pictures in this folder"),
+                       ("images", "with pictures in this folder; broken ones are left out"),
                        ("testbed", "and on this testbed, MathVista's testmini.json")):
         parser.add_argument(f"--{flag}", metavar="PATH", help=help)
     parser.error = lambda message: parser.exit(2, f"evaluate.py: {message}; see --help\n")

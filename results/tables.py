@@ -154,7 +154,7 @@ def claims_of(name, arms, reports):
         claims.append(("C10", words, effects, 0.0, None))
     if name == "table5":
         effects = {}
-        for size in ("medium", "large"):
+        for size in ("medium", "large") if beds else ():
             more = [gain("mstar", "pi_0", bed, size) - gain("mstar", "pi_0", bed, "small")
                     for bed in beds]
             effects[f"gain of {size} over gain of small"] = more
@@ -366,7 +366,7 @@ FIGURES = {"greedy": lambda line: line["greedy_accuracy"],         # curves, of 
 
 def watched(runs):
     """The iterations after which all temperatures were measured: each one of all runs together."""
-    return list(zip(*([line for line in lines if "watched" in line] for lines in runs)))
+    return list(zip(*(filter(lambda line: "watched" in line, lines) for lines in runs)))
 
 def mean_percent(things, get):
     """The mean of get(thing), in percent."""
