@@ -200,7 +200,7 @@ def shop(rng, items=None, rows=range(4), columns=range(4)):
     shapes = rng.sample(SHAPES, items)
     cells = [(row, column) for row in rows for column in columns]
     cells = rng.sample(cells, items)
-    facts = {shape: rng.randint(2, 9) for shape in shapes}         # prices
+    facts = dict(zip(shapes, rng.sample(range(2, 10), items)))     # prices, all different
     drawing = [("item", *cell, shape, rng.choice(list(COLOURS)), facts[shape])
                for shape, cell in zip(shapes, cells)]
     slots = dict(zip("abcdef", shapes))
@@ -238,10 +238,11 @@ def groups(rng, colours, pick, rows=range(4)):
     cells = [(row, column) for row in rows for column in range(4)]
     cells = rng.sample(cells, len(group_colours))
     shapes = rng.sample(SHAPES, len(group_colours))
-    for (row, column), colour, shape in zip(cells, group_colours, shapes):
-        corners = rng.sample([(0, 0), (0, 1), (1, 0), (1, 1)], rng.randint(1, 4))
+    counts = rng.sample(range(1, 5), 4) + rng.sample(range(1, 5), 4)   # up to four all differ
+    for (row, column), colour, shape, count in zip(cells, group_colours, shapes, counts):
+        corners = rng.sample([(0, 0), (0, 1), (1, 0), (1, 1)], count)
         drawing += [("shape", 2 * row + y, 2 * column + x, shape, colour) for y, x in corners]
-        facts[f"{colour} {shape}"] = len(corners)                  # how many there are
+        facts[f"{colour} {shape}"] = count
     drawing.sort()  # so that equal pictures are equal
     named = [group for group in facts if pick == "shape" or group.startswith(names[0])]
     slots = dict(zip("abcd", rng.sample(named, len(named))))
@@ -274,12 +275,14 @@ SMALL, DIGIT, PURSE = range(2, 7), range(2, 10), range(30, 100, 10)
 SUM_OF_THREE = ("(a + b) + c", "(c + b) + a", "a + (b + c)")
 TWO_PRODUCTS = ("(a * n) + (b * m)", "(b * m) + (a * n)")
 SUM_SCALED = ("(a + b) * n", "(a * n) + (b * n)")
-DIFFERENCE_SCALED = ("(a - b) * n", "(a * n) - (b * n)")
+DIFFERENCE_OF_PRODUCTS = ("(a * n) - (b * m)",)
 
-# Two numbers of one kind (areas, counts, prices) count differently in the answer where they can:
-# a - b, (a * n) + (b * m). In an earlier world of plain sums, three in ten of pi_0's correct
-# responses held a false step, mostly such a reading the wrong way round: it cost nothing, and no
-# reward that is learned from answers can find an error that costs nothing.
+# No reward that is learned from answers can find an error that costs nothing. So such errors are
+# made rare: two numbers of one kind (areas, counts, prices) count differently in the answer where
+# they can, a * n - b * m with n and m different, and no two prices or counts in a picture are
+# equal (of more than four groups, some are). In earlier worlds a reading the wrong way round, or
+# the price of another item, often was as good: of pi_0's correct responses to some templates, three
+# in four were unsound.
 IN_DOMAIN = (
     Template("FQA", "bars_two_minus_one", chart,
              ("(a + b) - c", "(a - c) + b", "a + (b - c)"), {}, (
@@ -317,22 +320,22 @@ IN_DOMAIN = (
         "you buy {n} {as} and {m} {bs}. how much do you pay?",
         "find the cost of {n} {as} and {m} {bs}.",
         "how much do you pay for {n} {as} and {m} {bs} together?")),
-    Template("MWP", "change", shop, ("m - ((a * n) + b)", "(m - (a * n)) - b", "(m - b) - (a * n)"),
-             {"n": SMALL, "m": PURSE}, (
-        "you have {m} and buy {n} {as} and one {b}. how much is left?",
-        "you pay {m} for {n} {as} and one {b}. what is the change?",
-        "from {m} you buy one {b} and {n} {as}. find the change.",
-        "what is left from {m} for one {b} and {n} {as}?")),
+    Template("MWP", "change", shop, ("m - (a + b)", "(m - a) - b", "(m - b) - a"), {"m": PURSE}, (
+        "you have {m} and buy one {a} and one {b}. how much is left?",
+        "you pay {m} for one {a} and one {b}. what is the change?",
+        "from {m} you buy one {b} and one {a}. find the change.",
+        "what is left from {m} for one {a} and one {b}?")),
     Template("MWP", "buy_each", shop, SUM_SCALED, {"n": SMALL}, (
         "what do {n} of each {a} and {b} cost?",
         "you buy {n} of each {a} and {b}. how much do you pay?",
         "find the cost of one {a} and one {b}, {n} times.",
         "how much are {n} {as} together with {n} {bs}?")),
-    Template("MWP", "buy_difference", shop, DIFFERENCE_SCALED, {"n": range(3, 10)}, (
-        "how much more do {n} {as} cost than {n} {bs}?",
-        "take the cost of {n} {bs} away from {n} {as}.",
-        "find how much more you pay for {n} {as} than for {n} {bs}.",
-        "you have {n} {as} and take {n} {bs} away. what is the cost?")),
+    Template("MWP", "buy_difference", shop, DIFFERENCE_OF_PRODUCTS,
+             {"n": range(3, 10), "m": range(3, 10)}, (
+        "how much more do {n} {as} cost than {m} {bs}?",
+        "take the cost of {m} {bs} away from {n} {as}.",
+        "find how much more you pay for {n} {as} than for {m} {bs}.",
+        "you have {n} {as} and take {m} {bs} away. what is the cost?")),
     Template("TQA", "row_total", partial(table, pick="row"), SUM_OF_THREE, {}, (
         "what is the total of the {r} row?", "add the numbers in the {r} row.",
         "how much is the {r} row together?",
@@ -359,11 +362,11 @@ IN_DOMAIN = (
         "each {a} is {n} and each {b} is {m}. what is the total?",
         "how many points are there with {n} for a {a} and {m} for a {b}?")),
     Template("VQA", "difference_points", partial(groups, colours=(2, 1, 1), pick="shape"),
-             DIFFERENCE_SCALED, {"n": DIGIT}, (
-        "each shape is {n} points. how many more points is {a} than {b}?",
-        "find how many more points {a} is than {b} with {n} for each shape.",
-        "take the points of {b} away from {a} with {n} for each.",
-        "with {n} points for each shape, how many more is {a} than {b}?")),
+             DIFFERENCE_OF_PRODUCTS, {"n": DIGIT, "m": DIGIT}, (
+        "a {a} is {n} points and a {b} is {m}. how many more points is {a} than {b}?",
+        "find how many more points {a} is than {b} with {n} for each {a} and {m} for each {b}.",
+        "take the points of {b} away from {a} with {n} for each {a} and {m} for each {b}.",
+        "with {n} points for a {a} and {m} for a {b}, how many more is {a} than {b}?")),
 )
 # Testbed `size`: questions of the training with multipliers just beyond those of training, or with
 # more in the picture. Testbed `compose`: questions of the training about one of two scenes that are
@@ -559,7 +562,7 @@ def _make(rng, template, id, look="plain", unseen_wording=False):
         for route in template.routes:
             if answer := answer_by(route, facts, slots):           # None: beyond 1 .. LARGEST
                 answers[route] = answer
-        if answers:
+        if answers and len(set(numbers.values())) == len(numbers): # twice 3 would not tell a from b
             break
     wording = template.wordings[-1] if unseen_wording else rng.choice(template.wordings[:-1])
     text, answer = wording.format(**names, **numbers), next(iter(answers.values()))

@@ -25,7 +25,7 @@ class Recipe:
     sizes: dict                        # of ModelConfig, where they are not its defaults
     images: int = 40_000               # captioned pictures
     arithmetic: int = 20_000           # texts of five arithmetic facts
-    worked: int = 200                  # worked examples that are asked like a test question
+    worked: int = 300                  # worked examples that are asked like a test question
     worked_with_answer: int = 6000     # worked examples with the answer in the prompt
     texts: int = 5                     # reasoning texts per worked example, by different routes
     caption_updates: int = 6000        # updates on captions and arithmetic alone, then
