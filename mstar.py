@@ -42,13 +42,12 @@ from data import TESTBEDS, world_of
 from evaluate import (as_text, auc, best_temperature, describe_round, evaluate_policy, explore,
                       interval, make_prompts, means, one_line_errors, pass_metrics, percent,
                       run_command, sample_texts, share_unsound, unique_correct)
-from model import (RANK, Example, Optimizer, Policy, Sampling, adamw, available_devices, batches,
-                   fit, from_first, load, load_network, read_json, save, seed_for, wait_for_all,
-                   write_json, write_whole)
+from model import (RANK, WORKERS, Example, Optimizer, Policy, Sampling, adamw, available_devices,
+                   batches, fit, from_first, load, load_network, read_json, save, seed_for,
+                   wait_for_all, write_json, write_whole)
 from prm import (RewardModel, StepLabels, audit, label_steps, pseudo_answered, random_k,
                  response_rewards, top_k, train_prm)
-from results.report import (announce, make_report, print_line, print_report, write_page,
-                            write_samples)
+from results.report import make_report, print_line, print_report, write_page, write_samples
 from weights.base import RECIPES, train_base
 from weights.public import load_policy, tokenizer_for
 
@@ -535,7 +534,8 @@ def run_stages(cfg, out, command, program="mstar"):
         fail(error)
     check_identity(cfg, out, command, program, world, tokenizer)
     run = Run(out, cfg.method, tokenizer, cfg.device or available_devices()[0])
-    announce(cfg, run)
+    print(f"run       {out}: {cfg.arms} from {cfg.policy}, preset {cfg.preset}, seed {cfg.seed}, on "
+          f"{run.device} ({WORKERS} workers)", flush=True)
     if cfg.policy == "scratch":
         base = run.network("checkpoint/base", Policy, train_base, world["base"], cfg, run)
     else:
@@ -547,6 +547,7 @@ def run_stages(cfg, out, command, program="mstar"):
         save(run.out / "policy.safetensors", base, made_by=command, **run.about.get("base", {}))
     evolved = [arm for arm in arms if arm.method != "base"]
     if evolved:
+        print(expected(cfg, evolved, base, world), flush=True)
         pi_0 = run.network("pi_0", Policy, stage_warmup, cfg, base, world)
         rows.append(run.result("checkpoint/test of pi_0", evaluate_policy, ROW_NAMES["pi_0"], pi_0,
                                world, T))
@@ -565,6 +566,40 @@ def run_stages(cfg, out, command, program="mstar"):
         lines += result["lines"]
     mine = ROW_NAMES.get(cfg.method, cfg.method)
     return make_report(cfg, run, command, world, rows, mine, lines)
+
+def expected(cfg, arms, base, world):
+    """A line of text: the size of the policy, the responses and updates of the arms and, on a CPU,
+    the minutes that all stages will take, from a few seconds of sampling and training by the base.
+    What takes little is left out: training and audit of the PRM, and the tests."""
+    updates = sum(arm.evolve_updates + cfg.warmup_updates for arm in arms)
+    asked = swept = 0                      # questions that get L responses; and L at each of GRID
+    for arm in arms:
+        if arm.method != "sft":
+            asked += arm.iterations * arm.questions_per_iteration
+            swept += cfg.sweeps * cfg.validation * (arm.temperature == "adaptive")
+    text = (f"expected  {sum(p.numel() for p in base.parameters()):,} parameters, "
+            f"{asked * cfg.rollouts_per_question:,} responses, {updates:,} updates")
+    if base.device.type != "cpu":
+        return f"{text}; minutes: not known on this device"
+    if updates < 1000:                                             # a matter of seconds
+        return text
+    began, questions = time.time(), world["labeled"][:128]
+    looks = look_at(cfg, base, None, questions, [1.0], cfg.rollouts_per_question)
+    sampled = time.time()
+    look_at(cfg, base, None, questions[:32], GRID, cfg.rollouts_per_question)
+    explored = time.time()
+    policy, prompts = copy.deepcopy(base), make_prompts(base, questions)
+    examples = [Example(*prompt, group[0].tokens)
+                for prompt, group in zip(prompts, looks[1.0].responses)]
+    stream = batches(examples, cfg.batch_size, random.Random(0), together=2)
+    fit(policy, new_optimizer(cfg, policy, cfg.evolve_lr), stream, 8, cfg.micro_batch, "expected")
+    # a validation takes as long as a round's responses to its questions; step labels of a question
+    # as long as a sweep of it
+    asked += len(arms) * cfg.validations * cfg.validation
+    swept += cfg.prm_questions * any(arm.needs_prm for arm in arms)
+    seconds = (asked * (sampled - began) / len(questions) + swept * (explored - sampled) / 32
+               + updates * (time.time() - explored) / 8)
+    return f"{text}, about {seconds / 60:.0f} minutes"
 
 def run_arm(cfg, base, pi_0, prm, world, run):
     """One method from pi_0 on: {row, lines of metrics.jsonl, updates made}. The main method's

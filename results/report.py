@@ -1,7 +1,7 @@
 """
 results/report.py: what a run says: before it begins, after an iteration, at its end, as a page.
 
-Read:     announce -> print_line -> make_report, print_report -> write_samples -> write_page
+Read:     print_line -> make_report, print_report -> write_samples -> write_page
 Run:      python -m results.report runs/NAME      (make the page again, of an unfinished run, too)
 """
 import base64
@@ -36,11 +36,6 @@ SHOWN = 2                                      # questions of each task type and
 LOOKS = 4                                      # at iteration 0, and so many more times
 
 # ---------------------------------------------------------------- before, during and after a run
-
-def announce(cfg, run):
-    """Say what is about to happen."""
-    print(f"run       {run.out}: {cfg.arms} from {cfg.policy}, preset {cfg.preset}, seed {cfg.seed}"
-          f", on {run.device} ({WORKERS} workers)", flush=True)
 
 def print_line(line):
     """The main things of one line of metrics.jsonl on screen."""

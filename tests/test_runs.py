@@ -205,7 +205,7 @@ def test_a_run_goes_on_as_it_was_begun_or_not_at_all(tmp_path, monkeypatch, caps
 
     out = tmp_path / "run"
     with monkeypatch.context() as patch:
-        patch.setattr(mstar, "announce", lambda *a: os.kill(os.getpid(), signal.SIGINT))
+        patch.setattr(mstar, "train_base", lambda *a: os.kill(os.getpid(), signal.SIGINT))
         with pytest.raises(SystemExit):
             mstar.main([*SMALL, "--out", str(out)])
     capsys.readouterr()
@@ -258,7 +258,6 @@ def test_running_out_of_memory_names_the_flag(tmp_path, monkeypatch, capsys):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
 
     monkeypatch.setattr(model, "backward", full)
-    monkeypatch.setattr(mstar, "announce", lambda *a: None)
     with pytest.raises(SystemExit) as stop:
         mstar.main([*SMALL, "--out", str(tmp_path / "run")])
     error = capsys.readouterr().err.splitlines()[-1]
@@ -277,7 +276,6 @@ def tables(tmp_path_factory):
     correct responses to train on, and with sweeps that always choose T = 0.5."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(mstar, "best_temperature", lambda values, current: (0.5, 0.5))
-        patch.setattr(mstar, "announce", lambda *a: None)
         for module in (evaluate, prm, results.report):
             patch.setattr(module, "grade", torture.guess)
         patch.chdir(tmp_path_factory.mktemp("tables"))
@@ -342,7 +340,6 @@ def test_arms_differ_in_their_switches_only(tables):
 
 def test_a_table_goes_on_where_it_was_stopped(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(mstar, "announce", lambda *a: None)
     flags, real, begun = ["table2", *FLAGS, "--out", "mine"], mstar.self_evolve, []
 
     def stop_in_the_third(cfg, *rest):
