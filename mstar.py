@@ -534,8 +534,8 @@ def run_stages(cfg, out, command, program="mstar"):
         fail(error)
     check_identity(cfg, out, command, program, world, tokenizer)
     run = Run(out, cfg.method, tokenizer, cfg.device or available_devices()[0])
-    print(f"run       {out}: {cfg.arms} from {cfg.policy}, preset {cfg.preset}, seed {cfg.seed}, on "
-          f"{run.device} ({WORKERS} workers)", flush=True)
+    print(f"run       {out}: {cfg.arms} from {cfg.policy}, preset {cfg.preset}, seed {cfg.seed}, "
+          f"on {run.device} ({WORKERS} workers)", flush=True)
     if cfg.policy == "scratch":
         base = run.network("checkpoint/base", Policy, train_base, world["base"], cfg, run)
     else:
