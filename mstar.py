@@ -547,7 +547,8 @@ def run_stages(cfg, out, command, program="mstar"):
         save(run.out / "policy.safetensors", base, made_by=command, **run.about.get("base", {}))
     evolved = [arm for arm in arms if arm.method != "base"]
     if evolved:
-        print(expected(cfg, evolved, base, world), flush=True)
+        if not from_first((out / "pi_0.safetensors").exists()):    # at the start, not on resuming
+            print(expected(cfg, evolved, base, world), flush=True)
         pi_0 = run.network("pi_0", Policy, stage_warmup, cfg, base, world)
         rows.append(run.result("checkpoint/test of pi_0", evaluate_policy, ROW_NAMES["pi_0"], pi_0,
                                world, T))
@@ -568,25 +569,24 @@ def run_stages(cfg, out, command, program="mstar"):
     return make_report(cfg, run, command, world, rows, mine, lines)
 
 def expected(cfg, arms, base, world):
-    """A line of text: the size of the policy, the responses and updates of the arms and, on a CPU,
-    the minutes that all stages will take, from a few seconds of sampling and training by the base.
-    What takes little is left out: training and audit of the PRM, and the tests."""
-    updates = sum(arm.evolve_updates + cfg.warmup_updates for arm in arms)
-    asked = swept = 0                      # questions that get L responses; and L at each of GRID
-    for arm in arms:
-        if arm.method != "sft":
-            asked += arm.iterations * arm.questions_per_iteration
-            swept += cfg.sweeps * cfg.validation * (arm.temperature == "adaptive")
+    """A line of text: the size of the policy, the responses and updates of self-evolving and, on a
+    CPU, the minutes that all stages will take, from a few seconds of sampling and training by the
+    base. What takes little is left out: the warm-up's responses, training and audit of the PRM,
+    and the tests."""
+    evolving = [arm for arm in arms if arm.method != "sft"]
+    updates = sum(arm.evolve_updates for arm in arms)
+    asked = sum(arm.iterations * arm.questions_per_iteration for arm in evolving)
     text = (f"expected  {sum(p.numel() for p in base.parameters()):,} parameters, "
             f"{asked * cfg.rollouts_per_question:,} responses, {updates:,} updates")
     if base.device.type != "cpu":
         return f"{text}; minutes: not known on this device"
     if updates < 1000:                                             # a matter of seconds
         return text
-    began, questions = time.time(), world["labeled"][:128]
+    questions, few = world["labeled"][:128], world["labeled"][:32]
+    began = time.time()
     looks = look_at(cfg, base, None, questions, [1.0], cfg.rollouts_per_question)
     sampled = time.time()
-    look_at(cfg, base, None, questions[:32], GRID, cfg.rollouts_per_question)
+    look_at(cfg, base, None, few, GRID, cfg.rollouts_per_question)
     explored = time.time()
     policy, prompts = copy.deepcopy(base), make_prompts(base, questions)
     examples = [Example(*prompt, group[0].tokens)
@@ -594,11 +594,12 @@ def expected(cfg, arms, base, world):
     stream = batches(examples, cfg.batch_size, random.Random(0), together=2)
     fit(policy, new_optimizer(cfg, policy, cfg.evolve_lr), stream, 8, cfg.micro_batch, "expected")
     # a validation takes as long as a round's responses to its questions; step labels of a question
-    # as long as a sweep of it
-    asked += len(arms) * cfg.validations * cfg.validation
-    swept += cfg.prm_questions * any(arm.needs_prm for arm in arms)
-    seconds = (asked * (sampled - began) / len(questions) + swept * (explored - sampled) / 32
-               + updates * (time.time() - explored) / 8)
+    # as long as a sweep of it. Warm-up and direct SFT: at most warmup_updates each
+    asked += len(evolving) * cfg.validations * cfg.validation
+    swept = cfg.prm_questions * any(arm.needs_prm for arm in arms)
+    swept += sum(cfg.sweeps * cfg.validation for arm in arms if arm.temperature == "adaptive")
+    seconds = (asked * (sampled - began) / len(questions) + swept * (explored - sampled) / len(few)
+               + (updates + 2 * cfg.warmup_updates) * (time.time() - explored) / 8)
     return f"{text}, about {seconds / 60:.0f} minutes"
 
 def run_arm(cfg, base, pi_0, prm, world, run):

@@ -1,5 +1,5 @@
 """
-results/report.py: what a run says: before it begins, after an iteration, at its end, as a page.
+results/report.py: what a run says: after an iteration, at its end, as a page.
 
 Read:     print_line -> make_report, print_report -> write_samples -> write_page
 Run:      python -m results.report runs/NAME      (make the page again, of an unfinished run, too)
@@ -35,7 +35,7 @@ FOLDER = Path(__file__).parent
 SHOWN = 2                                      # questions of each task type and testbed on the page
 LOOKS = 4                                      # at iteration 0, and so many more times
 
-# ---------------------------------------------------------------- before, during and after a run
+# ---------------------------------------------------------------- during and after a run
 
 def print_line(line):
     """The main things of one line of metrics.jsonl on screen."""

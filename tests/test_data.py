@@ -116,6 +116,17 @@ def test_questions_have_several_routes(world):
         texts = {write_reasoning(question, random.Random(draw)) for draw in range(30)}
         assert len(texts) > 1, question
 
+def test_no_two_prices_counts_or_multipliers_are_equal(world):
+    """One can be taken for an equal one at no cost: right by luck. Of six groups some are equal."""
+    for question in all_questions(world):
+        numbers = [value for value in question.slots.values() if isinstance(value, int)]
+        assert len(set(numbers)) == len(numbers), question
+        prices = [part[-1] for part in question.drawing if part[0] == "item"]
+        counts = [n for name, n in question.facts.items()
+                  if question.task == "VQA" and name.split()[-1] in data.SHAPES and " " in name]
+        for equal in (prices, counts if len(counts) <= 4 else []):
+            assert len(set(equal)) == len(equal), question
+
 def test_captions_are_true(world):
     for question in all_questions(world):
         for asked in (False, True):

@@ -389,10 +389,10 @@ def test_the_expected_minutes_count_everything_that_takes_long(policy, world, mo
                  "--interval", "0.25", "--epochs", "2", "--sweeps", "3", "--validations", "4")
     arms = mstar.arms_of(cfg)
     text = mstar.expected(cfg, arms, policy, {"labeled": world["test"][:1] * 32})
-    asked = 2 * 8 * 12 + 3 * 4 * 10                        # two arms of 8 rounds of 12; validations
+    asked = 2 * (8 * 12 + 4 * 10)          # two arms of 8 rounds of 12, and four validations
     swept = 3 * 10 + 20                                            # validation; step labels
-    updates = 3 * (2000 + 3)
-    minutes = round((asked + 10 * swept + 100 * updates) / 60)
+    updates = 3 * 2000
+    minutes = round((asked + 10 * swept + 100 * (updates + 3 + 3)) / 60)
     assert f"about {minutes} minutes" in text
     assert f"{2 * 8 * 12 * 2:,} responses" in text and f"{updates:,} updates" in text
     short = mstar.expected(config("--arms", "prm"), mstar.arms_of(config("--arms", "prm")), policy,
