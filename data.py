@@ -249,15 +249,15 @@ def groups(rng, colours, pick, rows=range(4)):
     shape_names = {letter: group.split()[1] for letter, group in slots.items()}
     return drawing, facts, slots, {"x": names[0]} | shape_names
 
-def beside_shop(rng, scene, **where):
-    """Another scene, which the question is about, and a shop of two items in the same picture.
-    Items take none of the colours that the question may name."""
+def compose(rng, scene, beside):
+    """Two scenes in one picture; the question is about the first. Nothing of the second has a
+    colour or a shape that the question may name."""
     drawing, facts, slots, names = scene(rng)
+    named = set(" ".join(names.values()).split())                  # "red left": red, and left
     while True:
-        items, prices, _, _ = shop(rng, items=2, **where)
-        item_colours = {colour for *_, colour, price in items}     # of both items
-        if not item_colours & set(names.values()):
-            return drawing + items, facts | prices, slots, names
+        more, other_facts, _, _ = beside(rng)
+        if named.isdisjoint(itertools.chain(*more)):
+            return drawing + more, facts | other_facts, slots, names
 
 # ---------------------------------------------------------------- templates
 
@@ -385,21 +385,26 @@ SIZE = (
              TWO_PRODUCTS, {"n": DIGIT, "m": DIGIT}, (
         "a {a} is {n} points and a {b} is {m}. how many points are there?", "")),
 )
-TWO_BARS, ROW = partial(chart, columns=2), partial(table, pick="row")
-SHORT_RECTANGLES = partial(rectangles, longest=2, columns=4)
+TWO_BARS, CELLS = partial(chart, columns=2), partial(table, pick="cells")
+NARROW = partial(rectangles, longest=2, columns=4)
 TWO_GROUPS = partial(groups, colours=(2,), pick="in", rows=range(2))
+ITEMS_RIGHT = partial(shop, items=2, columns=(2, 3))
+ITEMS_AT_EDGE = partial(shop, items=2, columns=(3,))
+ITEMS_BELOW = partial(shop, items=2, rows=(2, 3))
 COMPOSE = (
-    Template("FQA", "bars_beside_shop", partial(beside_shop, scene=TWO_BARS, columns=(2, 3)),
+    Template("FQA", "bars_beside_shop", partial(compose, scene=TWO_BARS, beside=ITEMS_RIGHT),
              SUM_SCALED, {"n": range(2, 6)}, (
         "each unit is {n} cars. how many cars are {a} and {b} together?", "")),
-    Template("GPS", "area_beside_shop", partial(beside_shop, scene=SHORT_RECTANGLES,
-                                                columns=(2, 3)),
+    Template("GPS", "area_beside_shop", partial(compose, scene=NARROW, beside=ITEMS_RIGHT),
              ("(a * h) - (b * k)", "(h * a) - (k * b)"), {}, (
         "how much larger is the area of {a} than {b}?", "")),
-    Template("TQA", "row_beside_shop", partial(beside_shop, scene=ROW, columns=(3,)),
-             SUM_OF_THREE, {}, (
-        "what is the total of the {r} row?", "")),
-    Template("VQA", "points_beside_shop", partial(beside_shop, scene=TWO_GROUPS, rows=(2, 3)),
+    Template("MWP", "shop_beside_bars", partial(compose, scene=ITEMS_RIGHT, beside=TWO_BARS),
+             TWO_PRODUCTS, {"n": SMALL, "m": SMALL}, (
+        "what do {n} {as} and {m} {bs} cost?", "")),
+    Template("TQA", "cells_beside_shop", partial(compose, scene=CELLS, beside=ITEMS_AT_EDGE),
+             ("(a * b) + c", "c + (a * b)"), {}, (
+        "what is {a} times {b} plus {c}?", "")),
+    Template("VQA", "points_beside_shop", partial(compose, scene=TWO_GROUPS, beside=ITEMS_BELOW),
              TWO_PRODUCTS, {"n": DIGIT, "m": DIGIT}, (
         "each {x} {a} is {n} points and each other {x} shape is {m}. what is the total?", "")),
 )
