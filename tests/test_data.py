@@ -3,7 +3,7 @@ keeps every text."""
 import random
 import re
 from dataclasses import replace
-from itertools import combinations
+from itertools import chain, combinations
 
 import numpy as np
 import pytest
@@ -191,6 +191,20 @@ def test_testbeds_differ_from_the_training_questions(world):
     train_templates = {question.template for question in world["labeled"]}
     for bed in ("size", "compose"):
         assert not train_templates & {question.template for question in world[bed]}
+
+def test_what_stands_beside_the_scene_of_a_question_is_not_named_and_not_covered(world):
+    asked = {"FQA": "bar", "GPS": "rect", "MWP": "item", "TQA": "cell", "VQA": "shape"}
+    assert {question.task for question in world["compose"]} == set(TASKS)
+    for question in world["compose"]:
+        scene = [part for part in question.drawing if part[0] == asked[question.task]]
+        beside = [part for part in question.drawing if part not in scene]
+        named = set(re.findall(r"[a-z]+", question.text))
+        named |= {word.removesuffix("es").removesuffix("s") for word in named}         # stars
+        assert beside and not named & set(chain(*beside)), question
+        white, grid = 255, 215
+        pictures = [render(replace(question, drawing=tuple(parts))) for parts in (scene, beside)]
+        marks = [((picture != white) & (picture != grid)).any(axis=2) for picture in pictures]
+        assert not (marks[0] & marks[1]).any(), question
 
 def test_same_seed_same_world_and_tests_do_not_depend_on_training_sizes(world):
     tests = ("test", "validation", *TESTBEDS)
