@@ -8,10 +8,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import data
 import evaluate
 import mstar
 import prm as prm_module
-from data import Tokenizer
+from data import Tokenizer, build_world
 from evaluate import describe_round, grade, unique_correct
 from model import Example, ModelConfig, Optimizer, Policy, adamw, collate
 from mstar import METHODS, PRESETS, Config, Run, parse
@@ -459,9 +460,11 @@ def test_wrong_use_exits_2_with_one_line_and_writes_nothing(flags, named, tmp_pa
     assert not list(tmp_path.iterdir())
 
 
-def test_a_world_without_enough_pictures_is_one_line(tmp_path, capsys):
+def test_a_world_without_enough_pictures_is_one_line(tmp_path, capsys, monkeypatch):
+    (always,) = build_world({"test": 1})["test"]                   # a world with one picture
+    monkeypatch.setattr(data, "_make", lambda *rest: always)
     with pytest.raises(SystemExit) as stop:
-        mstar.main([*TINY, "--labeled", "90000", "--out", str(tmp_path)])
+        mstar.main([*TINY, "--out", str(tmp_path)])
     error = capsys.readouterr().err
     assert stop.value.code == 2 and error.count("\n") == 1 and "--labeled" in error
 
