@@ -1,16 +1,19 @@
 """README.md and those of results/ show what the runs in results/ measured, and nothing else; what
 they point to is there."""
 import re
+from itertools import chain
 from pathlib import Path
 from statistics import mean
 
 import numpy as np
 import pytest
 
+import mstar
 from data import TESTBEDS, build_world
 from evaluate import columns_of, correct_in
 from model import read_json
-from results.tables import format_table, run_intervals
+from results import tables
+from results.tables import claims_of, figure_2_claims, format_table, run_intervals, verdict
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "results"
@@ -88,6 +91,28 @@ def test_accuracies_by_seed_are_those_of_the_committed_runs():
     shown = first_table(text[text.index("| ID, % |"):])
     for name, cells in shown.items():
         assert cells == [f"{100 * values.mean():.1f}" for values in graded(name, "test")]
+
+def test_verdicts_are_those_of_the_committed_runs(monkeypatch):
+    arms = []
+    for report in REPORTS:
+        for arm in ("pi_0", *mstar.COMPARED.split(",")):
+            name = mstar.ROW_NAMES.get(arm, arm)
+            row = next(row for row in report["rows"] if row["name"] == name)
+            words = tables.TABLES["table4"][arm]["words"]
+            arms.append({"arm": arm, "size": "medium", "words": words, "row": row})
+    known = {arm["arm"] for arm in arms}
+    of_them = [claim for claim in tables.CLAIMS["table4"] if known >= {*chain(*claim["pairs"])}]
+    monkeypatch.setitem(tables.CLAIMS, "table4", of_them)
+    claims = claims_of("table4", arms, REPORTS)
+    claims += figure_2_claims([report["audit"] for report in REPORTS])
+    lines = READMES[1].read_text().splitlines()
+    for number, words, effects, margin, _ in claims:
+        said, numbers = verdict(list(effects.values()), margin)
+        steps = number == "C6"
+        form = "{:+.3f} [{:+.3f}, {:+.3f}] steps" if steps else "{:+.1f} [{:+.1f}, {:+.1f}]"
+        shown = "; ".join(f"{name} {form.format(*(np.array(effect) * (1 if steps else 100)))}"
+                          for name, effect in zip(effects, numbers))
+        assert f"| {number}: {words} | {said} | {shown} |" in lines
 
 def test_what_the_base_sees_is_what_was_measured():
     (row,) = read_json(RESULTS / "cpu-base.json")["rows"]
