@@ -8,8 +8,8 @@ Paper (arXiv 2412.17451v3): the reward R = H(1(a == a*) R_p), R_p = min over ste
 Read:     label_steps -> train_prm -> read -> top_k, weighted_vote -> audit   (top-down)
 Departs:  pi_0 is fixed, and a network on top of it is trained (see RewardModel). R_p is not the
           paper's minimum alone (see reward_of): on 600 validation questions of each of three pi_0,
-          the minimum alone did not re-rank as well as plain likelihood does, and with likelihood
-          it re-ranks and verifies better than either. Rollouts per step and their temperature are
+          the minimum alone did not re-rank as well as plain likelihood does; the two together do
+          (why not better: results/README.md). Rollouts per step and their temperature are
           not published: see mstar.Config.
 Run:      python prm.py runs/NAME      (hold the PRM of a run against the oracle)
 
