@@ -16,6 +16,7 @@ import random
 import signal
 import sys
 import tempfile
+import threading
 import time
 import traceback
 import zlib
@@ -32,6 +33,7 @@ import prm                                                         # noqa: E402
 import results.report                                              # noqa: E402
 
 model.tqdm.monitor_interval = 0                # no thread of it may hold a lock in a fork
+model.tqdm.set_lock(threading.RLock())         # its own is shared by forks: a killed one keeps it
 
 
 def guess(text, gold):
