@@ -176,7 +176,7 @@ def test_a_damaged_piece_is_named_and_made_again(tmp_path, monkeypatch, capsys):
         return evolve(cfg, *rest)
 
     evolve = mstar.self_evolve
-    flags = [*SMALL, "--arms", "continuous,mstar", "--out"]
+    flags = [*SMALL, "--arms", "continuous,mstar", "--max_new_tokens", "6", "--out"]
     expected = mstar.main([*flags, str(tmp_path / "expected")])
     with monkeypatch.context() as patch:
         patch.setattr(mstar, "self_evolve", stop_in_mstar)
@@ -266,8 +266,9 @@ def test_running_out_of_memory_names_the_flag(tmp_path, monkeypatch, capsys):
 
 # ---------------------------------------------------------------- the paper's tables
 
-FLAGS = ["--preset", "test", "--validation", "6", "--test", "10", "--testbed_questions", "3",
-         "--labeled", "16", "--prm_questions", "6", "--threshold", "0", "--max_new_tokens", "8"]
+FLAGS = ["--preset", "test", "--validation", "4", "--test", "10", "--testbed_questions", "2",
+         "--labeled", "16", "--prm_questions", "6", "--threshold", "0", "--max_new_tokens", "6",
+         "--monitor_rollouts", "2"]
 
 
 @pytest.fixture(scope="module")
