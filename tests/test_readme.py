@@ -114,6 +114,22 @@ def test_verdicts_are_those_of_the_committed_runs(monkeypatch):
                           for name, effect in zip(effects, numbers))
         assert f"| {number}: {words} | {said} | {shown} |" in lines
 
+def test_what_is_trained_on_is_what_the_runs_of_table_2_say():
+    arms, shown = {}, []
+    for arm in read_json(RESULTS / "cpu-table2.json")["arms"]:
+        arms.setdefault(arm["words"], []).append(arm["iterations"])
+    for words, runs in arms.items():
+        def over(name):                                            # all iterations but pi_0's
+            return mean(mean(line[name] for line in lines[1:]) for lines in runs)
+
+        def last(name):
+            return mean(lines[-1][name] for lines in runs)
+
+        shown.append(f"| {words} | {over('num_unique_correct'):,.0f} | {over('num_kept'):,.0f} | "
+                     f"{100 * over('unsound_kept'):.1f} | {last('entropy'):.2f} | "
+                     f"{100 * last('pass_at_1'):.1f} | {100 * last('pass_at_k'):.1f} |")
+    assert len(shown) == 6 and not set(shown) - set(READMES[1].read_text().splitlines())
+
 def test_what_the_base_sees_is_what_was_measured():
     (row,) = read_json(RESULTS / "cpu-base.json")["rows"]
     seen = {split: [f"{100 * share:.1f}"] for split, share in row["readings"].items()}
