@@ -167,7 +167,10 @@ def test_a_full_disk_ends_a_run_with_one_line_and_it_goes_on_later(tmp_path, mon
 
 
 def test_a_damaged_piece_is_named_and_made_again(tmp_path, monkeypatch, capsys):
-    """Stopped in the second arm, then every file of the folder damaged in turn."""
+    """Stopped in the second arm, then every file of the folder damaged in turn. Grades are by the
+    text, so that the untrained policies have correct responses to train on."""
+    for module in (evaluate, prm, results.report):
+        monkeypatch.setattr(module, "grade", torture.guess)
     out, whole = tmp_path / "run", tmp_path / "whole"
 
     def stop_in_mstar(cfg, *rest):
@@ -178,6 +181,7 @@ def test_a_damaged_piece_is_named_and_made_again(tmp_path, monkeypatch, capsys):
     evolve = mstar.self_evolve
     flags = [*SMALL, "--arms", "continuous,mstar", "--max_new_tokens", "6", "--out"]
     expected = mstar.main([*flags, str(tmp_path / "expected")])
+    assert all(line["num_kept"] for line in expected["iterations"] if line["iteration"])
     with monkeypatch.context() as patch:
         patch.setattr(mstar, "self_evolve", stop_in_mstar)
         with pytest.raises(SystemExit):
@@ -192,6 +196,8 @@ def test_a_damaged_piece_is_named_and_made_again(tmp_path, monkeypatch, capsys):
         assert str(out / name.replace(".json", "")) in capsys.readouterr().out
         without_times = [torture.without_times(row) for row in report["rows"]]
         assert without_times == [torture.without_times(row) for row in expected["rows"]]
+        weights = (out / "policy.safetensors").read_bytes()
+        assert weights == (tmp_path / "expected/policy.safetensors").read_bytes()
         shutil.rmtree(out)
 
 
