@@ -14,6 +14,7 @@ Run:      python data.py --preview FILE.png      (a contact sheet of all task ty
 """
 import argparse
 import ast
+import hashlib
 import itertools
 import json
 import math
@@ -643,11 +644,15 @@ def read_world(file, images, testbed, sizes, seed=0, skip_missing=False):
             tested.add(checksums[question.image])
     if testbed and not tested:
         raise ValueError(f"{testbed}: none of its pictures can be opened")
-    usable = [question for question in questions if question.image in checksums]
-    usable = [question for question in usable if checksums[question.image] not in tested]
-    print(f"data      {file}: {len(usable):,} of {len(questions):,} questions are used: the others "
-          f"are on pictures of the testbed, or {dict(wrong)}", flush=True)
-    splits = split_by_picture(usable, checksums, sizes, seed) | beds
+    elsewhere = tested | {None}                                    # None: cannot be opened
+    usable = [question for question in questions
+              if checksums.get(question.image) not in elsewhere]
+    splits = split_by_picture(usable, checksums, sizes, seed)
+    used = sum(map(len, splits.values()))
+    print(f"data      {file}: {used:,} questions are used and {len(questions) - used:,} left out "
+          "(more than asked for, or on pictures of the testbed or of another split); wrong: "
+          f"{dict(wrong)}", flush=True)
+    splits |= beds
     for split, size in sizes.items():
         least = 1 if size == math.inf else size                    # inf: all that there are
         if len(splits[split]) < least and split not in (*TESTBEDS, "base"):
@@ -724,7 +729,7 @@ def _of_mathv360k(record, images):
     {value: "The answer is B"}]}; the source is the first folder of the image's path."""
     image = record["image"][0] if isinstance(record["image"], list) else record["image"]     # LLaVA
     text = record["conversations"][0]["value"].replace("<image>", "").strip()
-    listed = " ".join(text.rpartition("Choices:")[2].split())      # (A) 5 (B) 6, in lines or not
+    listed = " ".join(text.partition("Choices:")[2].split())       # (A) 5 (B) 6, in lines or not
     lettered = re.findall(r"(?<!\S)\(([A-Z])\) ?(.*?)(?= \([A-Z]\)|$)", listed)
     in_order = [letter for letter, _ in lettered] == [chr(65 + i) for i in range(len(lettered))]
     choices = tuple(choice for _, choice in lettered) if in_order else ()
@@ -774,11 +779,9 @@ def normal_answer(text, choices=()):
     def plain(text):
         return " ".join(text.split()).rstrip(".。").strip("$ ").lower()
 
-    exact, texts = text.strip(), list(map(plain, choices))
-    if len(exact) > 3 and exact in choices:                        # not "a" or "(a)"
-        return chr(ord("A") + texts.index(plain(exact)))
-    text = plain(text)
-    if letter := re.fullmatch(r"\(?([a-z])\)?|\(?([a-z])[).:].*", text):
+    text, texts = plain(text), list(map(plain, choices))
+    letter = re.fullmatch(r"\(?([a-z])\)?|\(?([a-z])[).:].*", text)
+    if letter and not (len(text) > 3 and text in texts):           # "C. elegans" may be choice A
         number = ord(letter[1] or letter[2]) - ord("a")
         if number < len(choices):
             return chr(ord("A") + texts.index(texts[number]))
@@ -794,14 +797,14 @@ def checksums_of(questions, images):
     def checksum(path):
         try:
             pixels = open_picture(path, images)
-            return zlib.crc32(pixels.tobytes(), len(pixels))       # and the height: 2x3 is no 3x2
+            return hashlib.sha256(b"%d %b" % (len(pixels), pixels.tobytes())).digest()
         except ValueError as error:
             return str(error)
 
     paths = sorted({question.image for question in questions})     # each once
     with ThreadPoolExecutor() as pool:
         found = dict(zip(paths, pool.map(checksum, paths)))
-    return ({path: number for path, number in found.items() if isinstance(number, int)},
+    return ({path: number for path, number in found.items() if isinstance(number, bytes)},
             [error for error in found.values() if isinstance(error, str)])
 
 def open_picture(path, images=None, size=None, longest=None):
@@ -826,8 +829,8 @@ def open_picture(path, images=None, size=None, longest=None):
         shorter = max(2, shorter + shorter % 2)                    # even, as their processor does
         sides = (longest, shorter) if ratio >= 1 else (shorter, longest)
         picture = picture.resize(sides, Image.LANCZOS)
-    if size and picture.size != (size, size):
-        picture = picture.resize((size, size), Image.LANCZOS)
+    if size:                                                       # SmolVLM's way, or nanoVLM's
+        picture = picture.resize((size, size), Image.LANCZOS if longest else Image.BILINEAR)
     return np.array(picture)
 
 @lru_cache(maxsize=4096)                                           # 3 GB at 512 pixels
@@ -849,8 +852,7 @@ def check_file(file, images, testbed=""):
         if re.fullmatch(r"-?\d+(\.\d+|/\d+)?", question.answer):
             kinds["plain number"] += 1
         else:
-            is_letter = question.answer.isupper()                  # other texts are lower
-            kinds["letter" if is_letter else "text"] += 1
+            kinds["letter" if question.choices else "text"] += 1
     lines = [f"{len(questions):,} questions on {len(pictures):,} different pictures, "
              f"{len(checksums) - len(pictures):,} files with the pixels of another; answers: "
              f"{dict(kinds.most_common())}"]
@@ -887,6 +889,7 @@ class Tokenizer:
         self.symbols = ["<pad>", "<bos>", "<sep>", "<eos>", "\n", *".,:?+-*=",
                         *map(str, range(LARGEST + 1)), *sorted(words)]
         self.ids = {symbol: i for i, symbol in enumerate(self.symbols)}  # the same, backwards
+        self.has_break = {self.ids["\n"]}                          # tokens that end a step
 
     def __len__(self):
         return len(self.symbols)
@@ -921,7 +924,7 @@ class Tokenizer:
     def step_ends(self, tokens):
         """Where the steps of a response end: at its line breaks and its last token."""
         last = len(tokens) - 1
-        return [i for i, token in enumerate(tokens) if token == self.ids["\n"] or i == last]
+        return [i for i, token in enumerate(tokens) if token in self.has_break or i == last]
 
 # ---------------------------------------------------------------- contact sheet
 

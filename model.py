@@ -37,8 +37,8 @@ from tqdm import tqdm
 
 # On a CPU, work is cut into parts for Python threads with one torch thread each. Threads *inside* a
 # matrix product wait for one another by spinning: two of them took 1.3 times as long as two workers
-# on a quiet machine, 7 times as long on a busy one. How work is cut never depends on the number of
-# workers, so neither does any result.
+# on a quiet machine, and beside busy processes three times as long as one thread alone. How work is
+# cut never depends on the number of workers, so neither does any result.
 WORKERS = torch.get_num_threads()          # as many as cores, or OMP_NUM_THREADS
 torch.set_num_threads(1)
 
@@ -71,7 +71,7 @@ class ModelConfig:
             kind = float if name == "rope_theta" else int
             least = int(name not in ("vision_layers", "hidden"))
             if type(value) is not kind or not least <= value <= most:
-                raise ValueError(f"{name} {value!r}: must be a positive number, at most {most}")
+                raise ValueError(f"{name} {value!r}: must be at least {least} and at most {most}")
         if self.image_size % (self.patch_size * self.shuffle) or self.heads % self.kv_heads:
             raise ValueError(f"image_size {self.image_size} must be a multiple of {self.shuffle} x "
                              f"patch_size, heads {self.heads} of kv_heads")
@@ -224,8 +224,8 @@ class DecoderBlock(nn.Module):
         prefix_keys, prefix_values = prefix
         keys, values = suffix
         keys[:, :, -1], values[:, :, -1] = k[:, :, 0], v[:, :, 0]
-        # Query heads that share a key/value head stand side by side, so no key is copied. With one
-        # query per head, scaled_dot_product_attention takes three times as long on a CPU
+        # Query heads that share a key/value head stand side by side, so no key is copied. For one
+        # token per row, scaled_dot_product_attention takes three times as long on a CPU
         q = q.view(len(x), self.kv_heads, -1, self.head_dim)       # (B, G, H/G, D)
         q = q * self.head_dim ** -0.5
         prompt_scores = grouping.matmul(q, prefix_keys.mT) + grouping.bias             # (.., P)
@@ -305,8 +305,8 @@ class Policy(nn.Module):
         (keys, values) of each layer, (B, G, I+P+T, D) each.
 
         Image and prompt are read once for all their rows: attention is causal, so their keys and
-        values depend on nothing behind them. (Else an update takes 1.08 times as long, and PRM
-        scores 1.25 times.)"""
+        values depend on nothing behind them. (With the prompt read for every row an update took
+        1.08 times as long, PRM scores 1.25 times.)"""
         prefix = torch.cat([self.see(images), self.embed(prompts)], dim=1)             # (N, I+P, C)
         rows = self.embed(ids)                                                         # (B, T, C)
         S, T, device = prefix.shape[1], ids.shape[1], ids.device
@@ -513,8 +513,9 @@ class Example(NamedTuple):
 
 def fit(policy, optimizer, stream, updates, micro_batch, title):
     """The training loop of every stage: an optimizer update for each of the next `updates` batches
-    (lists of Example) of `stream`. Returns the mean loss of the last 100. FloatingPointError names
-    an update whose loss or gradient is not a finite number; it is not made."""
+    (lists of Example) of `stream`. Returns the mean loss of the last 100 of them.
+    FloatingPointError names an update whose loss or gradient is not a finite number; it is not
+    made."""
     losses = []
     workers = WORKERS if policy.device.type == "cpu" else 1
     with ThreadPoolExecutor(workers) as pool, progress_bar(updates, title, " updates") as bar:
@@ -730,11 +731,12 @@ def sample_without_cache(policy, prompt, temperature, uniforms):
 def sample(policy, prompts, how, prefixes=None, rows=None, progress=None):
     """Sample responses: list (Q) of Prompt, Sampling -> list (Q) of lists (L) of Response.
 
-    The same responses as `sample_without_cache`, with less work: image and prompt are read once per
-    question; keys and values are cached; rows that are done are not computed; responses of a
-    question that agree so far, whatever their temperature, share one row (`_branch`). Response l of
-    question q draws its token t with number (q, streams[l], t) of one seeded table, so that they
-    depend neither on workers nor, up to the order of floating-point sums, on `rows`.
+    The same responses as `sample_without_cache` (in fp32), with less work: image and prompt are
+    read once per question; keys and values are cached; rows that are done are not computed;
+    responses of a question that agree so far, whatever their temperature, share one row
+    (`_branch`). Response l of question q draws its token t with number (q, streams[l], t) of one
+    seeded table, so that they depend neither on workers nor, up to the order of floating-point
+    sums, on `rows`.
 
     prefixes: for each question a list of token lists. Each is continued L times; a question's
         responses are those of its first prefix, then of its second ... A prefix is part of its
@@ -783,9 +785,10 @@ def sample(policy, prompts, how, prefixes=None, rows=None, progress=None):
     return responses
 
 def _rows_at_once(policy, responses, T):
-    """How many of all `responses` go into one batch. On a CPU at most 1024, and a quarter, so that
-    all cores have work; on a GPU as many as half of its free memory holds (not measured yet): a
-    decode step of many rows takes hardly longer there than one of few."""
+    """How many of all `responses` go into one batch, the same in every process. On a CPU at most
+    1024, and a quarter, so that all cores have work; on a GPU each process's share, if half of the
+    free memory holds it (not measured yet): a decode step of many rows takes hardly longer there
+    than one of few."""
     if policy.device.type == "cpu":
         return min(1024, math.ceil(responses / 4))
     if policy.device.type != "cuda":                               # a Mac's does not say
@@ -793,7 +796,9 @@ def _rows_at_once(policy, responses, T):
     c = policy.config
     cache = 2 * c.layers * c.kv_heads * (c.width // c.heads) * (policy.image_tokens + 2 * T)
     free, _ = torch.cuda.mem_get_info()                            # bytes
-    return max(1, free // 2 // (4 * (cache + 6 * c.vocabulary)))   # logits, and what draw makes
+    free += torch.cuda.memory_reserved() - torch.cuda.memory_allocated()   # kept by torch, unused
+    rows = max(1, free // 2 // (4 * (cache + 6 * c.vocabulary)))   # logits, and what draw makes
+    return from_first(min(rows, math.ceil(responses / PROCESSES)))
 
 def _batches_of_questions(prompts, counts, rows):
     """Questions, with counts of responses, in batches of at most `rows`, like lengths together."""
@@ -838,7 +843,7 @@ def _sample_batch(policy, prompts, counts, temperature, uniforms, forced, progre
         # 3. Branch: one row for each different (row, token)
         row, feed = _branch(row, tokens, owner, suffix, t, policy.config.vocabulary)
         B = len(feed)
-        # Questions that are done leave when they are half of all (a tenth of the time at T = 1)
+        # Questions that are done leave when they are half of all (else a tenth slower at T = 1)
         going = owner[:B].unique()
         if 2 * len(going) <= len(start):
             prefix = [[part[going] for part in layer] for layer in prefix]

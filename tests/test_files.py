@@ -96,6 +96,13 @@ def test_what_no_answer_can_meet_and_no_tokenizer_read_is_left_out(file, images)
         "answers that are none of the choices (the first: number 0)": 1,
         "records of another shape (the first: number 1)": 1})
 
+def test_what_stands_in_brackets_is_a_choice_only_in_a_list_of_choices(file, images):
+    record = mathv360k("1", "TabMWP/images/1.png", "Which organ is in panel (A) of the image?",
+                       "The answer is liver")
+    file.write_text(json.dumps([record]))
+    (question,), wrong = read_questions(file, images)
+    assert (question.choices, question.answer, wrong) == ((), "liver", {})
+
 def test_a_record_per_line_is_the_same(file, images):
     lines = file.with_suffix(".jsonl")
     lines.write_text("\ufeff" + "\n".join(map(json.dumps, RECORDS)) + "\n")
@@ -156,6 +163,7 @@ def asked(answer, choices=()):
     ("Answer: The dog is brown.", asked("A", ("The dog is brown.", "No.")), "correct"),
     ("Answer: $10$", asked("B", ("$5$", "$10$")), "correct"),
     ("Answer: C. elegans", asked("A", ("C. elegans", "E. coli", "yeast")), "correct"),
+    ("answer: c. elegans.", asked("A", ("C. elegans", "E. coli", "yeast")), "correct"),
     ("Answer: B", asked("A", ("3", "3", "5")), "correct"),         # two equal choices
     ("Answer: C", asked("A", ("3", "3", "5")), "wrong")])
 def test_grades_of_numbers_letters_and_texts(text, question, outcome):
@@ -250,7 +258,7 @@ def test_no_picture_is_in_two_splits(sixty, capsys):
             pixels = open_picture(question.image).tobytes()
             assert place.setdefault(pixels, split) == split
     assert len(place) > 15 and open_picture(sixty / "0.png").tobytes() not in place
-    assert "58 of 60 questions are used" in capsys.readouterr().out
+    assert "46 questions are used and 14 left out" in capsys.readouterr().out
     again = read_world(sixty / "sixty.json", sixty, "", SIZES, seed=1)
     assert "GPS" not in again and again["test"] != world["test"]
 

@@ -104,8 +104,19 @@ def test_prompts_stand_behind_the_image_and_ask_for_steps(tokenizer):
     assert tokenizer.decode(asked).endswith("Assistant:") and tokenizer.EOS in asked
     assert tokenizer.decode(tokenizer.lead) == "User:"
 
+DIGITS, BYTES = {"type": "Digits", "individual_digits": True}, {"type": "ByteLevel"}
+
 @pytest.mark.parametrize("change", [{"normalizer": {"type": "NFC"}}, {"model": {"type": "Unigram"}},
-                                    {"pre_tokenizer": {"type": "ByteLevel"}}])
+                                    {"pre_tokenizer": {"type": "ByteLevel"}},
+                                    {"added_tokens": None},
+                                    {"model": {"type": "BPE", "vocab": {}}},
+                                    {"model": {"type": "BPE", "vocab": {"a": 0}, "merges": []},
+                                     "added_tokens": []},          # no end token
+                                    {"pre_tokenizer": {"pretokenizers": []}},
+                                    {"pre_tokenizer": {"pretokenizers": [
+                                        DIGITS | {"individual_digits": False}, BYTES]}},
+                                    {"pre_tokenizer": {"pretokenizers": [
+                                        DIGITS, BYTES | {"add_prefix_space": True}]}}])
 def test_another_kind_of_tokenizer_is_refused(change, tmp_path):
     about = json.loads((TESTS / "tokenizer.json").read_text()) | change
     (tmp_path / "tokenizer.json").write_text(json.dumps(about))
@@ -159,13 +170,16 @@ def test_what_does_not_fit_is_named(folder, tokenizer):
         with pytest.raises(ValueError, match=name):
             load_public(folder, tokenizer)
     save_file(tensors, weights)
-    for place, key, value in (("", "model_type", "llava"), ("text_config", "rms_norm_eps", 1e-6),
-                              ("text_config", "hidden_size", None), ("", "scale_factor", 3),
-                              ("text_config", "hidden_act", "gelu")):
+    for place, key, value, words in (
+            ("", "model_type", "llava", "llava"), ("text_config", "rms_norm_eps", 1e-6, "1e-06"),
+            ("text_config", "hidden_size", None, "width"), ("", "scale_factor", 3, "3"),
+            ("text_config", "hidden_act", "gelu", "gelu"),
+            ("text_config", "vocab_size", 600, "tokens in tokenizer.json"),
+            ("vision_config", "image_size", 96, "power of two")):
         changed = json.loads(json.dumps(about))
         changed.get(place, changed)[key] = value
         (folder / "config.json").write_text(json.dumps(changed))
-        with pytest.raises(ValueError, match=str(folder)):
+        with pytest.raises(ValueError, match=f"{folder}.*{words}"):
             load_public(folder, tokenizer)
     weights.unlink()
     (folder / "config.json").write_text(json.dumps(about))

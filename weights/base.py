@@ -29,8 +29,8 @@ class Recipe:
     worked_with_answer: int = 6000     # worked examples with the answer in the prompt
     texts: int = 5                     # reasoning texts per worked example, by different routes
     caption_updates: int = 6000        # updates on captions and arithmetic alone, then
-    updates: int = 2000                # updates on all of it
-    lr: float = 3e-3                   # of AdamW (embeddings, norms, biases)
+    updates: int = 2000                # updates on worked examples, and half as many of the others
+    lr: float = 3e-3                   # of AdamW (embeddings, norms, biases, patches)
     muon_lr: float = 2e-3              # of Muon (the matrices)
 
     @property
@@ -84,7 +84,8 @@ def train_base(questions, cfg, run):
         for text in dict.fromkeys(write_reasoning(question, rng) for _ in range(recipe.texts)):
             worked.append(Example(prompt.image, ids, tokenizer.response(text)))
     # then a diet of two thirds worked examples
-    mixed = rng.sample(perception, min(len(perception), len(worked) // 2)) + worked or perception
+    mixed = rng.sample(perception, min(len(perception), len(worked) // 2)) + worked
+    mixed = mixed or perception                                    # a recipe without worked ones
     # One row per picture: with up to four side by side, pi_0 was 12 points worse (one trial)
     first = batches(perception, cfg.batch_size, random.Random(seed_for(cfg.seed, "captions")))
     then = batches(mixed, cfg.batch_size, random.Random(seed_for(cfg.seed, "worked examples")))

@@ -53,6 +53,12 @@ def load_public(folder, tokenizer):
                 raise ValueError(f"{place} is {other!r}, not {value!r}")
         sizes = {name: _place_in(about, place) for name, place in table["sizes"].items()}
         sizes["rope_theta"] = float(sizes["rope_theta"])
+        side = sizes["image_size"] // sizes["patch_size"]
+        if family == "smolvlm" and side & (side - 1):              # else they round to other places
+            raise ValueError(f"{side} patches a side are no power of two")
+        if sizes["vocabulary"] != len(tokenizer):
+            raise ValueError(f"a vocabulary of {sizes['vocabulary']}, but {len(tokenizer)} tokens "
+                             "in tokenizer.json")
         files, index = ["model.safetensors"], folder / "model.safetensors.index.json"
         if index.exists():                                         # in shards
             files = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
@@ -83,8 +89,10 @@ def load_public(folder, tokenizer):
 def _place_in(about, places):
     """The first that is there of "a.b or c.d or 12" in nested dicts, or None."""
     for place in places.split(" or "):
-        value = int(place) if place.isdecimal() else about
-        for key in place.split(".") if value is about else ():
+        if place.isdecimal():
+            return int(place)
+        value = about
+        for key in place.split("."):
             value = value.get(key) if isinstance(value, dict) else None
         if value is not None:
             return value
@@ -115,7 +123,7 @@ def _public_tensor(name, shape, names, theirs):
 PIECES = re.compile(r"'(?:[sdmt]|ll|ve|re)| ?[^\W_]+| ?(?:[^\w\s]|[_\x1c-\x1f])+"
                     r"|[^\S\x1c-\x1f]+(?![\S\x1c-\x1f])|[^\S\x1c-\x1f]+")
 
-class PublicTokenizer:
+class PublicTokenizer(Tokenizer):
     """Byte-level BPE from the tokenizer.json of public weights (SmolLM2's: digits one by one), with
     the methods of Tokenizer. ValueError: a file of another kind."""
 
@@ -124,16 +132,19 @@ class PublicTokenizer:
             about = json.loads(Path(path).read_bytes())
             model, cuts = about["model"], about["pre_tokenizer"]["pretokenizers"]
             kinds = [model["type"], *(cut["type"] for cut in cuts), about["normalizer"]]
+            added = {token["content"]: token["id"] for token in about["added_tokens"]}
+            self.ids, merges = model["vocab"] | added, model["merges"]
+            self.chat = "<end_of_utterance>" in self.ids           # SmolVLM; else nanoVLM
+            self.EOS = self.ids["<end_of_utterance>" if self.chat else "<|endoftext|>"]
         except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{path}: no tokenizer.json") from error
-        if kinds != ["BPE", "Digits", "ByteLevel", None]:
+            raise ValueError(f"{path}: no tokenizer.json that fits here ({error})") from error
+        if (kinds != ["BPE", "Digits", "ByteLevel", None]
+                or not cuts[0].get("individual_digits") or cuts[1].get("add_prefix_space")):
             raise ValueError(f"{path}: not byte-level BPE with single digits, as SmolLM2's")
-        added = {token["content"]: token["id"] for token in about["added_tokens"]}
-        self.ids = model["vocab"] | added
         self.symbols = [""] * (1 + max(self.ids.values()))
         for symbol, i in self.ids.items():
             self.symbols[i] = symbol
-        merges = [tuple(m.split(" ") if isinstance(m, str) else m) for m in model["merges"]]
+        merges = [tuple(m.split(" ") if isinstance(m, str) else m) for m in merges]
         self.rank = {pair: rank for rank, pair in enumerate(merges)}
         self.special = set(added.values())
         longest_first = sorted(map(re.escape, added), key=len, reverse=True)
@@ -146,13 +157,8 @@ class PublicTokenizer:
         self.sign |= {byte: chr(256 + i) for i, byte in enumerate(others)}
         self.byte = {sign: byte for byte, sign in self.sign.items()}
         self.has_break = {i for i, symbol in enumerate(self.symbols) if self.sign[10] in symbol}
-        self.chat = "<end_of_utterance>" in self.ids               # SmolVLM; else nanoVLM
-        self.EOS = self.ids["<end_of_utterance>" if self.chat else "<|endoftext|>"]
         before = "<|im_start|>User:<fake_token_around_image><global-img>"
         self.lead = tuple(self.encode(before)) if self.chat else ()  # what stands before an image
-
-    def __len__(self):
-        return len(self.symbols)
 
     def encode(self, text):
         """Token ids of a text. Bytes without a token (UTF-8 never has them) are left out."""
@@ -204,8 +210,3 @@ class PublicTokenizer:
     def response(self, text):
         """Response ids: the text and the end token."""
         return [*self.encode(f" {text}"), self.EOS]
-
-    def step_ends(self, tokens):
-        """Where the steps of a response end: at its line breaks and its last token."""
-        last = len(tokens) - 1
-        return [i for i, token in enumerate(tokens) if token in self.has_break or i == last]
