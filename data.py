@@ -100,7 +100,7 @@ def render(question, size=128):
         ("bar", column of cells, colour, height 1..9)
         ("rect", x, y, width, height, colour)         in squares
         ("shape", y, x, name, colour)                 in one square
-        ("item", row, column, name, colour, price)    in one cell, a shape and its price 1..9
+        ("item", row, column, name, colour, price)    in one cell (rows first), price 1..9
         ("cell", row, column, colour, value)          a table cell
     `look` "style" changes palette, background and ink, may leave only outlines, and adds noise;
     "layout" turns and shifts the whole: at random, but the same for the same drawing."""
@@ -190,7 +190,8 @@ def rectangles(rng, longest=4, columns=8):
         width, height = rng.randint(1, longest), rng.randint(2, 7)
         drawing.append(("rect", x, 8 - height, width, height, colour))
         facts |= {f"{colour} width": width, f"{colour} height": height}
-    return sorted(drawing), facts, dict(zip("ahbk", facts)), dict(zip("ab", pair))
+    slots = dict(zip("ahbk", facts))                               # width, height; width, height
+    return sorted(drawing), facts, slots, dict(zip("ab", pair))
 
 def _plural(shape):
     return shape + ("es" if shape == "cross" else "s")
@@ -278,12 +279,12 @@ TWO_PRODUCTS = ("(a * n) + (b * m)", "(b * m) + (a * n)")
 SUM_SCALED = ("(a + b) * n", "(a * n) + (b * n)")
 DIFFERENCE_OF_PRODUCTS = ("(a * n) - (b * m)",)
 
-# No reward that is learned from answers can find an error that costs nothing. So such errors are
-# made rare: two numbers of one kind (areas, counts, prices) count differently in the answer where
-# they can, a * n - b * m with n and m different, and no two prices or counts in a picture are
-# equal (of more than four groups, some are). In earlier worlds a reading the wrong way round, or
-# the price of another item, often was as good: of pi_0's correct responses to some templates, three
-# in four were unsound.
+# If a wrong reading still gives the right answer, no reward that is learned from answers can notice.
+# So this is made rare: two numbers of one kind (areas, counts, prices) count differently in the
+# answer where they can, a * n - b * m with n and m different, and no two prices or counts in a
+# picture are equal (of more than four groups, some are). In earlier worlds a reading the wrong way
+# round, or the price of another item, often was as good: of pi_0's correct responses to some
+# templates, three in four were unsound.
 IN_DOMAIN = (
     Template("FQA", "bars_two_minus_one", chart,
              ("(a + b) - c", "(a - c) + b", "a + (b - c)"), {}, (
@@ -369,23 +370,23 @@ IN_DOMAIN = (
         "take the points of {b} away from {a} with {n} for each {a} and {m} for each {b}.",
         "with {n} points for a {a} and {m} for a {b}, how many more is {a} than {b}?")),
 )
+def _variant(of, name, wording=0, **changes):
+    """A template of the training with other fields, in one of its wordings."""
+    template = next(template for template in IN_DOMAIN if template.name == of)
+    return template._replace(name=name, wordings=(template.wordings[wording], ""), **changes)
+
 # Testbed `size`: questions of the training with multipliers just beyond those of training, or with
-# more in the picture. Testbed `compose`: questions of the training about one of two scenes that are
-# composed in one picture, which training never does. One wording each, and "" for the last.
+# more in the picture.
 SIZE = (
-    Template("FQA", "bars_scaled_more", chart, SUM_SCALED, {"n": range(6, 8)}, (
-        "each unit is {n} cars. how many cars are {a} and {b} together?", "")),
-    Template("GPS", "area_of_more_copies", rectangles,
-             ("(a * h) + ((b * k) * n)", "((b * k) * n) + (a * h)"), {"n": range(4, 6)}, (
-        "find the area of one {a} and {n} {b}.", "")),
-    Template("MWP", "buy_more", shop, TWO_PRODUCTS, {"n": range(7, 10), "m": range(7, 10)}, (
-        "what do {n} {as} and {m} {bs} cost?", "")),
-    Template("TQA", "row_of_four_total", partial(table, pick="row", rows=4), SUM_OF_THREE, {}, (
-        "what is the total of the {r} row?", "")),
-    Template("VQA", "points_among_six", partial(groups, colours=(2, 1, 1, 1, 1), pick="shape"),
-             TWO_PRODUCTS, {"n": DIGIT, "m": DIGIT}, (
-        "a {a} is {n} points and a {b} is {m}. how many points are there?", "")),
+    _variant("bars_scaled", "bars_scaled_more", numbers={"n": range(6, 8)}),
+    _variant("area_of_copies", "area_of_more_copies", 1, numbers={"n": range(4, 6)}),
+    _variant("buy_two_kinds", "buy_more", numbers={"n": range(7, 10), "m": range(7, 10)}),
+    _variant("row_total", "row_of_four_total", scene=partial(table, pick="row", rows=4)),
+    _variant("shape_points", "points_among_six",
+             scene=partial(groups, colours=(2, 1, 1, 1, 1), pick="shape")),
 )
+# Testbed `compose`: questions of the training about one of two scenes that are composed in one
+# picture, which training never does.
 TWO_BARS, CELLS = partial(chart, columns=2), partial(table, pick="cells")
 NARROW = partial(rectangles, longest=2, columns=4)
 TWO_GROUPS = partial(groups, colours=(2,), pick="in", rows=range(2))
@@ -393,21 +394,16 @@ ITEMS_RIGHT = partial(shop, items=2, columns=(2, 3))
 ITEMS_AT_EDGE = partial(shop, items=2, columns=(3,))
 ITEMS_BELOW = partial(shop, items=2, rows=(2, 3))
 COMPOSE = (
-    Template("FQA", "bars_beside_shop", partial(compose, scene=TWO_BARS, beside=ITEMS_RIGHT),
-             SUM_SCALED, {"n": range(2, 6)}, (
-        "each unit is {n} cars. how many cars are {a} and {b} together?", "")),
-    Template("GPS", "area_beside_shop", partial(compose, scene=NARROW, beside=ITEMS_RIGHT),
-             ("(a * h) - (b * k)", "(h * a) - (k * b)"), {}, (
-        "how much larger is the area of {a} than {b}?", "")),
-    Template("MWP", "shop_beside_bars", partial(compose, scene=ITEMS_RIGHT, beside=TWO_BARS),
-             TWO_PRODUCTS, {"n": SMALL, "m": SMALL}, (
-        "what do {n} {as} and {m} {bs} cost?", "")),
-    Template("TQA", "cells_beside_shop", partial(compose, scene=CELLS, beside=ITEMS_AT_EDGE),
-             ("(a * b) + c", "c + (a * b)"), {}, (
-        "what is {a} times {b} plus {c}?", "")),
-    Template("VQA", "points_beside_shop", partial(compose, scene=TWO_GROUPS, beside=ITEMS_BELOW),
-             TWO_PRODUCTS, {"n": DIGIT, "m": DIGIT}, (
-        "each {x} {a} is {n} points and each other {x} shape is {m}. what is the total?", "")),
+    _variant("bars_scaled", "bars_beside_shop",
+             scene=partial(compose, scene=TWO_BARS, beside=ITEMS_RIGHT)),
+    _variant("area_difference", "area_beside_shop",
+             scene=partial(compose, scene=NARROW, beside=ITEMS_RIGHT)),
+    _variant("buy_two_kinds", "shop_beside_bars",
+             scene=partial(compose, scene=ITEMS_RIGHT, beside=TWO_BARS)),
+    _variant("multiply_add", "cells_beside_shop", 1,
+             scene=partial(compose, scene=CELLS, beside=ITEMS_AT_EDGE)),
+    _variant("colour_points", "points_beside_shop", 2,
+             scene=partial(compose, scene=TWO_GROUPS, beside=ITEMS_BELOW)),
 )
 
 # ---------------------------------------------------------------- reasoning and oracle
@@ -545,9 +541,10 @@ def sound(question, text):
     for line in text.split("\n"):
         if match := OPERATION.fullmatch(line):
             pairs = itertools.product(meanings[int(match[1])], meanings[int(match[3])])
-            found = {polynomial(a, match[2], b) for a, b in pairs}
-            found = {one for one in found if degree(one) <= degree(goal)}
-            meanings[int(match[4])] = set(sorted(meanings[int(match[4])] | found, key=sorted)[:200])
+            results = {polynomial(a, match[2], b) for a, b in pairs}
+            results = {one for one in results if degree(one) <= degree(goal)}
+            results |= meanings[int(match[4])]
+            meanings[int(match[4])] = set(sorted(results, key=sorted)[:200])
         elif match := READING.fullmatch(line):
             meanings[int(match[2])].add(meaning_of(match[1]))
     return goal in meanings[question.answer]
@@ -649,9 +646,10 @@ def read_world(file, images, testbed, sizes, seed=0, skip_missing=False):
               if checksums.get(question.image) not in elsewhere]
     splits = split_by_picture(usable, checksums, sizes, seed)
     used = sum(map(len, splits.values()))
-    print(f"data      {file}: {used:,} questions are used and {len(questions) - used:,} left out "
-          "(more than asked for, or on pictures of the testbed or of another split); wrong: "
-          f"{dict(wrong)}", flush=True)
+    on_testbed = sum(checksums.get(question.image) in tested for question in questions)
+    print(f"data      {file}: {used:,} questions are used, {on_testbed:,} are on pictures of the "
+          f"testbed, {len(questions) - used - on_testbed:,} are more than asked for or on pictures "
+          f"of another split; wrong: {dict(wrong)}", flush=True)
     splits |= beds
     for split, size in sizes.items():
         least = 1 if size == math.inf else size                    # inf: all that there are
@@ -803,9 +801,9 @@ def checksums_of(questions, images):
 
     paths = sorted({question.image for question in questions})     # each once
     with ThreadPoolExecutor() as pool:
-        found = dict(zip(paths, pool.map(checksum, paths)))
-    return ({path: number for path, number in found.items() if isinstance(number, bytes)},
-            [error for error in found.values() if isinstance(error, str)])
+        results = dict(zip(paths, pool.map(checksum, paths)))      # a checksum, or what is wrong
+    return ({path: result for path, result in results.items() if isinstance(result, bytes)},
+            [result for result in results.values() if isinstance(result, str)])
 
 def open_picture(path, images=None, size=None, longest=None):
     """The picture at `path`, (height, width, 3) uint8, transparent parts white: its longest side

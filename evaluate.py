@@ -18,7 +18,7 @@ import os
 import re
 import signal
 import sys
-from collections import Counter, defaultdict
+from collections import Counter
 from contextlib import contextmanager, suppress
 from fractions import Fraction
 from functools import partial
@@ -33,8 +33,8 @@ import torch
 
 from data import (READING, TASKS, TESTBEDS, normal_answer, oracle, picture_of, render,
                   sound, world_of)
-from model import (Prompt, Sampling, join_processes, load_network, progress_bar, read_json, sample,
-                   write_json)
+from model import (Prompt, Sampling, available_devices, join_processes, load_network, progress_bar,
+                   read_json, sample, write_json)
 from weights.public import tokenizer_for
 
 # ---------------------------------------------------------------- a row of the result table
@@ -155,7 +155,7 @@ def answer_greedily(policy, questions, max_new_tokens, title, direct=False):
 # ---------------------------------------------------------------- is an answer correct
 
 BEFORE_ANSWER = re.compile(r"(?:answer(?:\s+is\b)?|答案)\s*[:：]|answer\s+is\b", re.IGNORECASE)
-MARKUP = re.compile(r"[*`]+|\\boxed\{([^{}]*)\}")                 # **5**, \boxed{5}
+MARKUP = re.compile(r"(?<!\w)\*+|\*+(?!\w)|`+|\\boxed\{([^{}]*)\}")   # **5**, \boxed{5}, no 3*4
 INTEGER = r"[0-9]{1,3}(?:,[0-9]{3}){1,9}|[0-9]{1,30}"              # longer ones are no answers
 # 1,000 or -3.5 or .5 or 1/2, with $ or a unit, which is ignored; *+ gives nothing back: no text
 # takes long
@@ -354,23 +354,16 @@ def reward_pass_at_k(correct, rewards, k):
     tied = [c for c, reward in zip(correct, rewards) if reward == edge]  # some of them are
     return 1.0 if any(above) else pass_at_k(len(tied), sum(tied), k - len(above))
 
-def auc(good, scores, groups=None):
+def auc(good, scores):
     """Area under the ROC curve: the chance that a good one scores above a bad one, ties counting
-    half (Mann-Whitney). good: n bools, scores: n numbers. groups: n labels; then only pairs within
-    a group are compared. None without a pair."""
-    members = defaultdict(list)
-    for i, label in enumerate(groups or [""] * len(good)):
-        members[label].append(i)                                   # who is compared with whom
-    good, scores = np.asarray(good, bool), np.asarray(scores, float)
-    won = pairs = 0.0
-    for indices in members.values():
-        is_good = good[indices]
-        _, rank, times = np.unique(scores[indices], return_inverse=True, return_counts=True)
-        mean_rank = (times.cumsum() - (times - 1) / 2)[rank]       # 1 .. n; equal scores share it
-        n, m = int(is_good.sum()), int((~is_good).sum())
-        won += mean_rank[is_good].sum() - n * (n + 1) / 2
-        pairs += n * m                                             # good ones times bad ones
-    return float(won / pairs) if pairs else None
+    half (Mann-Whitney). good: bools, scores: as many numbers. None if all are good, or none is."""
+    good = np.asarray(good, bool)
+    n, m = int(good.sum()), int((~good).sum())
+    if not n * m:
+        return None
+    _, rank, times = np.unique(scores, return_inverse=True, return_counts=True)
+    mean_rank = (times.cumsum() - (times - 1) / 2)[rank]           # 1 .. n + m; equals share it
+    return float((mean_rank[good].sum() - n * (n + 1) / 2) / (n * m))
 
 def interval(*groups, draws=2000):
     """95 % interval [low, high] of the mean of all groups, by bootstrap: the questions of each
@@ -468,7 +461,8 @@ def one_line_errors(program, advice, *bad_input):
     except (MemoryError, RuntimeError) as error:                   # of a CPU, or of a GPU
         if isinstance(error, RuntimeError) and "allocate" not in str(error):
             raise
-        line, status = "out of memory: begin again with a smaller --micro_batch", 2
+        line, status = "out of memory", 2
+        advice = "begin again with a smaller --micro_batch (in training), --rollouts_per_question"
     except FloatingPointError as error:                            # names the update
         line, status = str(error), 1
     except (OSError, *bad_input) as error:                         # a disk, or a file
@@ -485,12 +479,11 @@ def compare(folders):
     for folder in folders:
         report = read_json(Path(folder) / "report.json")
         config = {**report["config"], "out": ""}                   # wherever the run lies
-        config["questions"] = report.get("questions")              # a checksum
-        for name in ("world_seed", "validation", "test", "testbed_questions", "questions"):
-            if runs and config[name] != runs[0][0][name]:
-                raise ValueError(f"the runs have different --{name}: they cannot be paired")
+        config["questions"] = report["questions"]                  # a checksum
+        if runs and config["questions"] != runs[0][0]["questions"]:
+            raise ValueError("the runs were tested on different questions: they cannot be paired")
         row = next(row for row in report["rows"] if row["name"] == report["mine"])
-        run = config, row["graded"]            # equal flags and other letters: by other code
+        run = config, row["graded"]            # same flags, other grades: made by other code
         if run in runs:
             raise ValueError(f"{folder} is the run {folders[runs.index(run)]} once more")
         runs.append(run)
@@ -502,7 +495,7 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description="Score a saved policy again, or compare runs.",
                                      argument_default=argparse.SUPPRESS)
     parser.add_argument("runs", metavar="runs/NAME", nargs="+", help="one run, or several")
-    for flag, help in (("data", "score one run on all questions of this file"),
+    for flag, help in (("data", "score one run on this file (if ids name splits, on test)"),
                        ("images", "with pictures in this folder; broken ones are left out"),
                        ("testbed", "and on this testbed, MathVista's testmini.json")):
         parser.add_argument(f"--{flag}", metavar="PATH", help=help)
@@ -524,7 +517,8 @@ def main(argv=None):
             if flags:
                 config |= {"testbed": "", "skip_missing": 1, **flags, "splits": {"test": math.inf}}
             tokenizer = tokenizer_for(config["policy"])
-            policy = load_network(Path(folders[0]) / "policy.safetensors", tokenizer)
+            policy = load_network(Path(folders[0]) / "policy.safetensors", tokenizer,
+                                  available_devices()[0])
     if len(folders) == 1:
         with one_line_errors("evaluate.py", "nothing is lost", ValueError):
             world = world_of(config)

@@ -276,9 +276,7 @@ class Policy(nn.Module):
 
     def precision(self):
         """bf16 arithmetic on a GPU that has it; fp32 elsewhere, where it would not be faster."""
-        if self.device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
-            return torch.autocast("cuda", torch.bfloat16)
-        return nullcontext()
+        return torch.autocast("cuda", torch.bfloat16) if has_bf16(self.device) else nullcontext()
 
     def rope(self, positions):
         """cos and sin for `rotate`: positions (B, T) -> (B, 1, T, D) each."""
@@ -497,6 +495,11 @@ def available_devices():
     cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
     return ["cuda"] * cuda + ["mps"] * mps + ["cpu"]
 
+def has_bf16(device):
+    """Is this a GPU that computes in bf16, and does not only emulate it?"""
+    is_cuda = torch.device(device).type == "cuda"
+    return is_cuda and torch.cuda.is_bf16_supported(including_emulation=False)
+
 # ---------------------------------------------------------------- training, used by every stage
 
 def seed_for(seed, *purpose):
@@ -578,7 +581,11 @@ def collate(examples):
             number[key] = len(number)
             different.append(example)
         owner.append(number[key])
-    return (torch.stack([pixels_of(example.image) for example in different]),
+    images = [example.image for example in different]
+    if any(map(callable, images)):                                 # in files: opened side by side,
+        with ThreadPoolExecutor() as pool:                         # since each takes long
+            images = list(pool.map(pixels_of, images))
+    return (torch.stack(images),
             _padded([example.prompt[:-1] for example in different], 0),
             torch.tensor([len(example.prompt) - 1 for example in different]),
             torch.tensor(owner),
@@ -789,16 +796,16 @@ def _rows_at_once(policy, responses, T):
     1024, and a quarter, so that all cores have work; on a GPU each process's share, if half of the
     free memory holds it (not measured yet): a decode step of many rows takes hardly longer there
     than one of few."""
-    if policy.device.type == "cpu":
-        return min(1024, math.ceil(responses / 4))
-    if policy.device.type != "cuda":                               # a Mac's does not say
+    if policy.device.type not in ("cpu", "cuda"):                  # a Mac's does not say
         return 4096
     c = policy.config
     cache = 2 * c.layers * c.kv_heads * (c.width // c.heads) * (policy.image_tokens + 2 * T)
+    row = 4 * (cache + 6 * c.vocabulary)                           # logits, and what draw makes
+    if policy.device.type == "cpu":                                # 4 GB for each worker at most
+        return max(1, min(1024, math.ceil(responses / 4), 2**32 // row))
     free, _ = torch.cuda.mem_get_info()                            # bytes
     free += torch.cuda.memory_reserved() - torch.cuda.memory_allocated()   # kept by torch, unused
-    rows = max(1, free // 2 // (4 * (cache + 6 * c.vocabulary)))   # logits, and what draw makes
-    return from_first(min(rows, math.ceil(responses / PROCESSES)))
+    return from_first(min(max(1, free // 2 // row), math.ceil(responses / PROCESSES)))
 
 def _batches_of_questions(prompts, counts, rows):
     """Questions, with counts of responses, in batches of at most `rows`, like lengths together."""
@@ -830,6 +837,9 @@ def _sample_batch(policy, prompts, counts, temperature, uniforms, forced, progre
     owner = torch.arange(R, device=device)                         # (R,) each row's question
     live = torch.arange(R, device=device)                          # the responses that go on
     history = []                                                   # (live, tokens, log_probs)
+    # On a GPU the host waits in each step for what its next sizes depend on: which responses go on
+    # (nonzero), how many rows they have (unique) and who moves (nonzero), and the most rows of a
+    # question (max). What was drawn stays there until the end.
     for t in range(T):
         # 2. Draw: every response for itself, from the logits of its row
         tokens, log_probs = draw(logits[row], temperature[live], uniforms[live, t], forced[live, t])

@@ -43,8 +43,8 @@ from evaluate import (as_text, auc, best_temperature, describe_round, evaluate_p
                       interval, make_prompts, means, one_line_errors, pass_metrics, percent,
                       run_command, sample_texts, share_unsound, unique_correct)
 from model import (RANK, WORKERS, Example, Optimizer, Policy, Sampling, adamw, available_devices,
-                   batches, fit, from_first, load, load_network, read_json, save, seed_for,
-                   wait_for_all, write_json, write_whole)
+                   batches, fit, from_first, has_bf16, load, load_network, read_json, save,
+                   seed_for, wait_for_all, write_json, write_whole)
 from prm import (RewardModel, StepLabels, audit, label_steps, pseudo_answered, random_k,
                  response_rewards, top_k, train_prm)
 from results.report import make_report, print_line, print_report, write_page, write_samples
@@ -59,12 +59,13 @@ def setting(default, help, least=1, most=2**31, choices=None):
 
 @dataclass
 class Config:
-    """Every value that a run depends on. Each field is a flag: preset, then method, then typed."""
+    """Every value that a run depends on. Each field is a flag; typed ones replace the preset's."""
     out: str = setting("", "folder of the run; empty: runs/PRESET-METHOD-seedN, a number if taken")
     preset: str = setting("cpu", "sizes; gpu where CUDA is found",
                           choices=("cpu", "few", "gpu", "test", "smolvlm", "smolvlm-80gb"))
-    method: str = setting("mstar", "runs alone if typed; else beside those it is compared to")
-    arms: str = setting("", "or: the methods to run from one pi_0 and one PRM, comma-separated")
+    method: str = setting("mstar", "the method to run; by default it is compared to others")
+    arms: str = setting("", "several methods, comma-separated, from one pi_0 and one PRM; what is "
+                        "typed is for all of them, but for what makes a method what it is")
     seed: int = setting(0, "of weights, order of the data, sampling", 0)
     device: str = setting("", "empty: cuda, then mps, then cpu")
     # the world: our own, or questions from files
@@ -115,8 +116,7 @@ class Config:
     temperature: str = setting("1.0", "of sampled responses: a number, or adaptive (1.0 at first)")
     adapt_by: str = setting("reward_pass_at_k", "what a sweep maximises, with k = keep_top or all",
                             choices=("reward_pass_at_k", "pass_at_k"))
-    sweeps: int = setting(16, "how often T is adapted, at equal distances: every two iterations, "
-                          "as in the paper")
+    sweep_every: int = setting(2, "iterations from one sweep of T to the next, as in the paper")
     watches: int = setting(0, "how many validations, at equal distances, measure all temperatures",
                            0)
     epochs: float = setting(2.0, "how often each question is asked in all", 1e-9)
@@ -150,9 +150,11 @@ class Config:
         asked = self.epochs * (self.evolve_questions or self.labeled)
         return max(1, round(asked / self.questions_per_iteration))
 
-    def every(self, times):
-        """Iterations between things that happen so many times, at equal distances."""
-        return max(1, self.iterations // times)
+    def due(self, iteration, times):
+        """Is it this iteration that one of so many things, at equal distances, comes after? The
+        last one comes at the end, and one more before the first iteration."""
+        n = self.iterations
+        return iteration * times // n > (iteration - 1) * times // n
 
     @property
     def needs_prm(self):
@@ -199,7 +201,7 @@ ROW_NAMES = {"pi_0": "pi_0 (warm-up)", "sft": "SFT (direct answers)", "prm": "+ 
 PRESETS = {
     "cpu": {},                                                     # the defaults: 2 cores
     # an eighth of the questions, all asked in each of 16 rounds: training saturates (claims C8, C9)
-    "few": dict(evolve_questions=1000, epochs=16.0, interval=1.0, evolve_updates=3200, sweeps=8),
+    "few": dict(evolve_questions=1000, epochs=16.0, interval=1.0, evolve_updates=3200),
     "test": dict(policy="scratch", recipe="test", labeled=48, validation=10, test=20,
                  testbed_questions=5, warmup_questions=10, warmup_rollouts=2, warmup_updates=3,
                  prm_questions=20, prm_rollouts=2, prm_epochs=1.0, interval=0.25, epochs=1.0,
@@ -213,12 +215,12 @@ PRESETS = {
     # sized on paper, see results/README.md. Weights stay in fp32: in bf16, whose numbers have 8
     # significant bits, an update of a ten-thousandth would be rounded away
     "smolvlm": dict(labeled=20000, warmup_questions=4000, warmup_updates=500, warmup_lr=1e-5,
-                    prm_lr=2e-4, interval=0.25, sweeps=4, evolve_updates=2500, evolve_lr=5e-6,
-                    batch_size=64, micro_batch=8, max_new_tokens=256),
+                    prm_lr=2e-4, interval=0.25, evolve_updates=2500, evolve_lr=5e-6, batch_size=64,
+                    micro_batch=8, max_new_tokens=256),
     "smolvlm-80gb": dict(labeled=60000, warmup_questions=12000, warmup_updates=1000, warmup_lr=1e-5,
-                         prm_questions=12000, prm_lr=2e-4, interval=0.25, sweeps=4,
-                         rollouts_per_question=16, evolve_updates=7500, evolve_lr=5e-6,
-                         batch_size=128, micro_batch=32, max_new_tokens=256),
+                         prm_questions=12000, prm_lr=2e-4, interval=0.25, rollouts_per_question=16,
+                         evolve_updates=7500, evolve_lr=5e-6, batch_size=128, micro_batch=32,
+                         max_new_tokens=256),
 }
 
 # ---------------------------------------------------------------- the paper's algorithm
@@ -230,7 +232,7 @@ def self_evolve(cfg, pi_0, prm, world, run):
     for iteration in range(first, cfg.iterations + 1):
         # Balance: every few rounds, the temperature at which the PRM finds most to exploit
         sweep = None
-        if cfg.temperature == "adaptive" and (iteration - 1) % cfg.every(cfg.sweeps) == 0:
+        if cfg.temperature == "adaptive" and (iteration - 1) % cfg.sweep_every == 0:
             temperature, sweep = choose_temperature(cfg, policy, prm, world, temperature)
 
         # 1. Generate: L responses to each question of this round, from the current policy
@@ -256,7 +258,7 @@ def self_evolve(cfg, pi_0, prm, world, run):
 
         # 4. Validate: greedy (exploitation), pass@k (exploration), Reward-Pass@k (both)
         metrics = {}
-        if iteration % cfg.every(cfg.validations) == 0:            # it costs as much as a round
+        if cfg.due(iteration, cfg.validations):                    # it costs as much as a round
             metrics = validate(cfg, policy, prm, world, temperature, iteration)
         counts = describe_round(questions, answered, num_labeled, outcomes, correct, kept)
         run.log(cfg.method, iteration, temperature, {**metrics, **counts, **trained}, sweep)
@@ -334,7 +336,8 @@ def sft(cfg, policy, optimizer, prompts, kept, updates, title, seed=0, fit=fit):
         return {"updates": 0, "loss": None}
     examples = [Example(*prompts[i], policy.tokenizer.response(text)) for i, text in kept]
     rng = random.Random(seed_for(cfg.seed, "SFT", seed))
-    # two of one image side by side, whatever is kept: methods are compared on like batches
+    # two of one image side by side, where two are kept: so a batch of 32 has 16 images, but 32
+    # with Top-1
     stream = batches(examples, cfg.batch_size, rng, together=2)
     loss = fit(policy, optimizer, stream, updates, cfg.micro_batch, title)
     return {"updates": updates, "loss": loss}
@@ -374,7 +377,7 @@ def validate(cfg, policy, prm, world, temperature, iteration):
         "truncated": sum(not response.complete for response in sampled) / len(sampled)}
     if prm:                                # does the PRM, fixed since pi_0, still know this policy?
         metrics["reward_auc"] = auc(look.is_correct.ravel(), look.rewards.ravel())
-    if cfg.watches and iteration % cfg.every(cfg.watches) == 0:
+    if cfg.due(iteration, cfg.watches):
         looks = look_at(cfg, policy, prm, questions, sorted({temperature, *GRID}), n)
         looks = {str(t): passes_of(cfg, look) for t, look in looks.items()}
         metrics["watched"] = {
@@ -412,7 +415,7 @@ def stage_warmup(cfg, base, world):
     print(f"warm-up   {share_correct} of {outcomes.total():,} responses correct, {len(kept):,} "
           f"different ones kept, unsound {percent(unsound)}", flush=True)
     pi_0 = copy.deepcopy(base)                                     # the base is still needed
-    # decayed, so that pi_0 has settled: what self-evolving gains is not only a smaller rate
+    # decayed, so that what self-evolving gains does not come from a smaller rate alone
     optimizer = new_optimizer(cfg, pi_0, cfg.warmup_lr, decay_over=cfg.warmup_updates)
     prompts = make_prompts(pi_0, questions)                        # without the answer
     trained = sft(cfg, pi_0, optimizer, prompts, kept, cfg.warmup_updates, "warm-up: SFT")
@@ -463,7 +466,7 @@ class Run:
         return network
 
     def save(self, name, number, policy, optimizer, **about):
-        """Save what a training goes on from after round (or part) `number`, then delete the save
+        """Save what a training goes on from after round (or update) `number`, then delete the save
         before it."""
         lines = [line for line in self.lines if line["arm"] == name]  # a resumed run needs them
         path = self.out / "checkpoint" / f"{name}-{number}.safetensors"
@@ -530,19 +533,22 @@ def run_stages(cfg, out, command, program="mstar"):
     try:
         world = world_of({**asdict(cfg), "splits": cfg.splits})    # the same for all seeds
         for question in chain.from_iterable(world.values()) if cfg.data else ():
-            tokenizer.encode(question.text)                        # does it know all the words?
+            tokenizer.prompt(question.text, question.answer)       # does it know all the words?
     except (OSError, ValueError) as error:                         # such as: not enough pictures
+        if not RANK and not any(out.iterdir()):                    # nothing was begun
+            out.rmdir()
         fail(error)
     check_identity(cfg, out, command, program, world, tokenizer)
     run = Run(out, cfg.method, tokenizer, cfg.device or available_devices()[0])
     print(f"run       {out}: {cfg.arms} from {cfg.policy}, preset {cfg.preset}, seed {cfg.seed}, "
-          f"on {run.device} ({WORKERS} workers)", flush=True)
+          f"on {run.device} ({WORKERS} workers, {'bf16' if has_bf16(run.device) else 'fp32'})",
+          flush=True)
     if cfg.policy == "scratch":
         base = run.network("checkpoint/base", Policy, train_base, world["base"], cfg, run)
     else:
         base = load_policy(cfg.policy, tokenizer, run.device)
-    T, prm = cfg.max_new_tokens, None                              # the longest response
-    rows = [run.result("checkpoint/test of base", evaluate_policy, "base", base, world, T)]
+    longest, prm = cfg.max_new_tokens, None                        # the longest response
+    rows = [run.result("checkpoint/test of base", evaluate_policy, "base", base, world, longest)]
     lines = []                                                     # of metrics.jsonl
     if cfg.method == "base":
         save(run.out / "policy.safetensors", base, made_by=command, **run.about.get("base", {}))
@@ -552,14 +558,14 @@ def run_stages(cfg, out, command, program="mstar"):
             print(expected(cfg, evolved, base, world), flush=True)
         pi_0 = run.network("pi_0", Policy, stage_warmup, cfg, base, world)
         rows.append(run.result("checkpoint/test of pi_0", evaluate_policy, ROW_NAMES["pi_0"], pi_0,
-                               world, T))
+                               world, longest))
     if any(arm.needs_prm for arm in evolved):
         # labeled questions that pi_0 was not warmed up on
         asked = world["labeled"][cfg.warmup_questions:][:cfg.prm_questions]
         labels = run.result("labels", label_steps, cfg, pi_0, asked)["labels"]
         labels = [StepLabels(**label) for label in labels]
         prm = run.network("prm", RewardModel, train_prm, cfg, pi_0, asked, labels)
-        run.result("audit", audit, pi_0, prm, labels, asked, world["test"], T)
+        run.result("audit", audit, pi_0, prm, labels, asked, world["test"], longest)
     for arm in evolved:
         run.lines, run.last_log = list(lines), time.time()         # of the arms before it
         result = run.result(f"checkpoint/arm {arm.method}", run_arm, arm, base, pi_0, prm, world,
@@ -573,7 +579,7 @@ def expected(cfg, arms, base, world):
     """A line of text: the size of the policy, the responses and updates of self-evolving and, on a
     CPU, the minutes that all stages will take, from a few seconds of sampling and training by the
     base. What takes little is left out: the warm-up's responses, training and audit of the PRM,
-    and the tests."""
+    and the tests; and what figures need, --watches."""
     evolving = [arm for arm in arms if arm.method != "sft"]
     updates = sum(arm.evolve_updates for arm in arms)
     asked = sum(arm.iterations * arm.questions_per_iteration for arm in evolving)
@@ -598,14 +604,15 @@ def expected(cfg, arms, base, world):
     # as long as a sweep of it. Warm-up and direct SFT: at most warmup_updates each
     asked += len(evolving) * cfg.validations * cfg.validation
     swept = cfg.prm_questions * any(arm.needs_prm for arm in arms)
-    swept += sum(cfg.sweeps * cfg.validation for arm in arms if arm.temperature == "adaptive")
+    swept += sum(math.ceil(arm.iterations / arm.sweep_every) * cfg.validation for arm in arms
+                 if arm.temperature == "adaptive")
     seconds = (asked * (sampled - began) / len(questions) + swept * (explored - sampled) / len(few)
                + (updates + 2 * cfg.warmup_updates) * (time.time() - explored) / 8)
     return f"{text}, about {seconds / 60:.0f} minutes"
 
 def run_arm(cfg, base, pi_0, prm, world, run):
-    """One method from pi_0 on: {row, lines of metrics.jsonl, updates made}. The main method's
-    policy is saved."""
+    """One method from pi_0 on (direct SFT: from the base): {row, lines of metrics.jsonl, updates
+    made}. The main method's policy is saved."""
     if cfg.method == "sft":                                        # no loop
         policy, updates = direct_sft(cfg, base, world, run)
     else:
@@ -619,13 +626,12 @@ def run_arm(cfg, base, pi_0, prm, world, run):
     return {"row": row, "lines": lines, "updates": updates}
 
 def arms_of(cfg):
-    """The Configs of the arms to run. A typed switch is for the arm of --method; the others have
-    the defaults and their own bundles."""
+    """The Configs of the arms to run: cfg without the switches of its own method, with theirs. So
+    a switch that was typed is for all arms but those that set it themselves."""
     preset, arms = PRESETS[cfg.preset], []
-    defaults = {name: preset.get(name, getattr(Config, name)) for name in SWITCHES}
+    plain = {name: preset.get(name, getattr(Config, name)) for name in METHODS[cfg.method]}
     for method in cfg.arms.split(","):
-        own = {} if method == cfg.method else {**defaults, **METHODS[method]}  # typed, or its own
-        arms.append(replace(cfg, method=method, **own))
+        arms.append(replace(cfg, method=method, **{**plain, **METHODS[method]}))
     return arms
 
 def check_identity(cfg, out, command, program, world, tokenizer):
@@ -685,6 +691,9 @@ def parse(argv):
         fail(f"--arms {arms}: one is there twice")
     if method not in arms.split(","):
         fail(f"--arms {arms}: --method {method} must be among them")
+    for name, value in METHODS[method].items() if method != arms else ():
+        if typed.get(name, value) != value:                        # its row would bear a false name
+            fail(f"--{name} {typed[name]}: the arm {method} has {value}; leave one of them out")
     cfg = Config(**{**PRESETS[preset], **METHODS[method], **typed, "preset": preset, "arms": arms,
                     "method": method})
     check(cfg)

@@ -37,9 +37,9 @@ from torch import nn
 from data import oracle, sound, world_of
 from evaluate import (answer_greedily, as_text, auc, find_answer, gold_of, grade, make_prompts,
                       one_line_errors, percent, run_command, sample_texts, tokens_of)
-from model import (WORKERS, DecoderBlock, Example, Optimizer, Policy, Sampling, adamw, batches,
-                   causal, collate, fit, load_network, my_part, of_all, read_json, seed_for,
-                   write_json)
+from model import (WORKERS, DecoderBlock, Example, Optimizer, Policy, Sampling, adamw,
+                   available_devices, batches, causal, collate, fit, load_network, my_part, of_all,
+                   read_json, seed_for, write_json)
 from weights.public import tokenizer_for
 
 # ---------------------------------------------------------------- step labels
@@ -71,8 +71,8 @@ def label_responses(policy, questions, prompts, responses, how):
     """Label the steps of given responses, a list of token tuples per question: complete every
     prefix that ends at a step, how.rollouts times, and count the correct completions. (The last
     step needs no rollout: its answer is there.) Each prefix is computed once, and rollouts of a
-    question draw the same random numbers whatever their prefix: steps are compared by what they
-    say, not by luck. Returns a list of StepLabels."""
+    question draw the same random numbers whatever their prefix (common random numbers), so that
+    steps differ by what they say. Returns a list of StepLabels."""
     step_ends, L = policy.tokenizer.step_ends, how.rollouts        # where steps end; per prefix
     prefixes = []                                                  # [question][prefix], different
     for group in responses:
@@ -98,12 +98,13 @@ class RewardModel(nn.Module):
     """f: a network on top of pi_0, with a scalar head. The sigmoid of the head at a step's end is
     the step's score.
 
-    The paper trains all of pi_0 with a head on it. A policy of three layers knows what it expected
-    only in its last one, too late to hold it against what was written (in trials it could not tell
-    two responses to one question apart). So pi_0 is fixed here, and the network reads for each
-    token what pi_0 expected before it (its last hidden state), the token, and its log-probability.
-    A learned share of the log-probability of all that is written so far is added to the head: pi_0
-    itself finds false steps less likely, and that much need not be learned."""
+    The paper trains all of pi_0 with a head on it. A policy of three layers predicts a token only
+    in its last one, so that no layer is left to compare the prediction with the token written (in
+    trials it could not tell two responses to one question apart). So pi_0 is fixed here, and the
+    network reads for each token what pi_0 expected before it (its last hidden state), the token,
+    and its log-probability. A learned share of the log-probability of all that is written so far is
+    added to the head: pi_0 itself finds false steps less likely, and that much need not be
+    learned."""
     BLOCKS = 2
 
     def __init__(self, config, tokenizer):
@@ -200,6 +201,8 @@ def read(prm, prompts, responses, rows=128):
     question are computed once, `rows` of them at a time."""
     different = {(q, tuple(tokens)) for q, group in enumerate(responses) for tokens in group}
     different = sorted(different, key=lambda pair: (len(pair[1]), *pair))  # less padding
+    longest = len(different[-1][1]) if different else 1
+    rows = max(1, min(rows, 2**28 // (longest * prm.config.vocabulary)))   # logits: at most 1 GB
     parts = [different[start:start + rows] for start in range(0, len(different), rows)]
 
     @torch.no_grad()
@@ -209,13 +212,13 @@ def read(prm, prompts, responses, rows=128):
             logits, so_far = prm(*(tensor.to(prm.device) for tensor in batch))
         return logits.cpu(), so_far.cpu()
 
-    found = {}
+    results = {}
     with ThreadPoolExecutor(WORKERS if prm.device.type == "cpu" else 1) as pool:
         for part, (logits, so_far) in zip(parts, of_all(list(pool.map(read_part, my_part(parts))))):
-            for (q, tokens), line, log_probs in zip(part, logits, so_far):
-                of_steps = line[prm.tokenizer.step_ends(tokens)].tolist()
-                found[q, tokens] = of_steps, log_probs[len(tokens) - 1].item()
-    return [[found[q, tuple(tokens)] for tokens in group] for q, group in enumerate(responses)]
+            for (q, tokens), of_tokens, log_probs in zip(part, logits, so_far):
+                of_steps = of_tokens[prm.tokenizer.step_ends(tokens)].tolist()
+                results[q, tokens] = of_steps, log_probs[len(tokens) - 1].item()     # a running sum
+    return [[results[q, tuple(tokens)] for tokens in group] for q, group in enumerate(responses)]
 
 def score(prm, prompts, responses):
     """f(s_i), scores of every step: [Q][L] of token lists -> [Q][L] of lists of floats in (0, 1),
@@ -226,7 +229,7 @@ def score(prm, prompts, responses):
     return scores
 
 def response_rewards(prm, prompts, responses):
-    """R_p of responses: [Q][L] of token lists -> [Q][L] of floats in (0, 1)."""
+    """R_p of responses: [Q][L] of token lists -> [Q][L] of floats in [0, 1)."""
     rewards = []
     for group in read(prm, prompts, responses):
         rewards.append([reward_of(*one) for one in group])
@@ -276,13 +279,15 @@ def weighted_vote(answers, weights):
     for answer, weight in zip(answers, weights):
         if answer is not None:                                     # an answer was found
             votes[answer].append(weight)
-    # rounded: three votes of 0.1 tie with one of 0.3, in any order
-    total = {answer: round(math.fsum(weights), 9) for answer, weights in votes.items()}
-    return max(sorted(total), key=total.get, default=None)
+    total = {answer: math.fsum(weights) for answer, weights in votes.items()}
+    # but for rounding, three votes of 0.1 tie with one of 0.3; long responses have weights of 1e-20
+    least = max(total.values(), default=0) * (1 - 1e-9)
+    return min((answer for answer in total if total[answer] >= least), default=None)
 
 def pseudo_answered(prm, questions, num_labeled, prompts, texts):
     """The questions, those behind the first `num_labeled` with the answer that their responses vote
-    for (the paper's pseudo answers). prompts (Q), texts [Q][L]."""
+    for (the paper's pseudo answers). prompts (Q), texts [Q][L]. Of the hidden answer only the kind
+    is used (number, letter, yes or no, text), to read the responses."""
     answered, texts = questions[:num_labeled], texts[num_labeled:]
     tokens = [list(map(prm.tokenizer.response, group)) for group in texts]
     rewards = response_rewards(prm, prompts[num_labeled:], tokens)                     # R_p
@@ -308,9 +313,9 @@ def audit(pi_0, prm, labels, labeled, questions, max_new_tokens, n=16):
     prompts = make_prompts(pi_0, questions)
     how = Sampling(n, 1.0, max_new_tokens, seed=0)                 # seed 0: the same for all runs
     texts, responses = sample_texts(pi_0, prompts, how, "audit: responses")
-    found = read(prm, prompts, tokens_of(responses))
+    scored = read(prm, prompts, tokens_of(responses))
     numbers, true_steps, step_scores = defaultdict(list), [], []
-    for question, group, sampled, of_group in zip(questions, texts, responses, found):
+    for question, group, sampled, of_group in zip(questions, texts, responses, scored):
         rewards = [reward_of(*one) for one in of_group]
         likely = [sum(response.log_probs) for response in sampled]  # of whole responses
         for name, is_correct in verify(question, group, rewards, likely).items():
@@ -350,19 +355,19 @@ def verify(question, texts, rewards, likely):
 
 def compare_top_2(question, texts, rewards, likely):
     """Figure 2b for one question: {name: number, or None}, see `audit`."""
-    place = {}                                                     # text -> its first place
+    first = {}                                                     # text -> where it comes first
     for i, text in enumerate(texts):
         if grade(text, question) == "correct":
-            place.setdefault(text, i)
+            first.setdefault(text, i)
     is_sound, numbers = {}, {}
     if question.facts:                                             # else nobody knows
-        is_sound = {text: sound(question, text) for text in place}
+        is_sound = {text: sound(question, text) for text in first}
     for name, values in (("reward", rewards), ("likelihood", likely)):
-        numbers[f"auc_{name}"] = auc(list(is_sound.values()), [values[i] for i in place.values()])
+        numbers[f"auc_{name}"] = auc(list(is_sound.values()), [values[i] for i in first.values()])
     for way, values in (("all", None), ("top_2", rewards), ("likely_2", likely)):
-        keys = [(0, text) for text in place]
+        keys = [(0, text) for text in first]
         if values:
-            keys = top_k(keys, [values[i] for i in place.values()], 2)
+            keys = top_k(keys, [values[i] for i in first.values()], 2)
         unsound = [not is_sound[text] for _, text in keys if is_sound]
         steps = [text.count("\n") + 1 for _, text in keys]
         numbers |= {f"unsound_{way}": float(np.mean(unsound)) if unsound else None,
@@ -379,8 +384,9 @@ def main(argv=None):
     with one_line_errors("prm.py", f"{folder}: not the folder of a run with a PRM", *bad_input):
         config = read_json(folder / "config.json")
         tokenizer = tokenizer_for(config["policy"])
-        pi_0 = load_network(folder / "pi_0.safetensors", tokenizer)
-        prm = load_network(folder / "prm.safetensors", tokenizer, kind=RewardModel)
+        device = available_devices()[0]
+        pi_0 = load_network(folder / "pi_0.safetensors", tokenizer, device)
+        prm = load_network(folder / "prm.safetensors", tokenizer, device, RewardModel)
         labels = [StepLabels(**label) for label in read_json(folder / "labels.json")["labels"]]
         world = world_of(config)
         labeled = world["labeled"][config["warmup_questions"]:]      # those behind the warm-up's

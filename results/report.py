@@ -92,7 +92,7 @@ def write_samples(cfg, run, select, policy, pi_0, prm, world, temperature, itera
     """What the page shows of an iteration: SHOWN questions of each task type (of validation) and
     testbed, with L responses: grade, whether `select` would take it, and for each step the PRM's
     score, the Monte-Carlo label (rollouts of pi_0), the oracle's verdict. Never trained on."""
-    if cfg.method != run.main_method or iteration % cfg.every(LOOKS):
+    if cfg.method != run.main_method or not cfg.due(iteration, LOOKS):
         return
     chosen = []
     for kind in sorted({question.task for question in world["validation"]}):

@@ -189,7 +189,7 @@ def tokens_written_plainly(policy, calls, pool, cached=True, rows=ROWS):
 def bench_sampling(policy, prompts, repeats):
     """Tokens per second of the workloads on all workers: {workload: {way: tokens/s}}."""
     found = {}
-    with ThreadPoolExecutor(WORKERS) as pool:
+    with ThreadPoolExecutor(WORKERS if policy.device.type == "cpu" else 1) as pool:
         for name, work in workloads(policy, prompts).items():
             calls = separate_calls(work)
             ways = {"sample": partial(tokens_written, policy, work),

@@ -99,21 +99,18 @@ def test_reward_pass_at_k_against_every_order():
 def test_auc_against_counting_pairs():
     rng = random.Random(1)
 
-    def count(good, scores, groups):
+    def count(good, scores):
         wins = []
         for i, j in permutations(range(len(good)), 2):
-            if good[i] and not good[j] and groups[i] == groups[j]:
+            if good[i] and not good[j]:
                 wins.append((scores[i] > scores[j]) + 0.5 * (scores[i] == scores[j]))
         return np.mean(wins) if wins else None
 
     for _ in range(50):
         good = [rng.random() < 0.5 for _ in range(12)]
         scores = [rng.randint(0, 4) for _ in range(12)]
-        groups = [(rng.randint(0, 1), rng.randint(0, 2)) for _ in range(12)]
-        assert auc(good, scores) == pytest.approx(count(good, scores, [0] * 12))
-        assert auc(good, scores, groups) == pytest.approx(count(good, scores, groups))
+        assert auc(good, scores) == pytest.approx(count(good, scores))
     assert auc([True, True], [1, 2]) is None and auc([], []) is None
-    assert auc([True, False], [1, 2], ["a", "b"]) is None          # no pair within a group
 
 def test_interval_covers_as_promised():
     """Of 200 samples of a coin of 0.3, about 95 % of the intervals hold 0.3 (between 90 and 99 %: 3
@@ -315,19 +312,12 @@ def two_runs(tmp_path):
         row = {"name": "M-STaR", "graded": graded, "id": dict.fromkeys(("all", *TASKS), 0.5),
                "ood": dict.fromkeys((*TESTBEDS, "all"), 0.5)}
         base = {**row, "name": "base", "graded": {split: "w" * 40 for split in graded}}
-        config = {"out": name, "seed": seed, "world_seed": 0, "validation": 10, "test": 40,
-                  "testbed_questions": 40}
+        config = {"out": name, "seed": seed}
         folders.append(tmp_path / name)
         folders[-1].mkdir()
         write_json(folders[-1] / "report.json",
-                   {"rows": [base, row], "mine": "M-STaR", "config": config})
+                   {"rows": [base, row], "mine": "M-STaR", "config": config, "questions": 40})
     return folders
-
-def change_report(folder, name, value):
-    """Give a report another value of its configuration."""
-    report = read_json(folder / "report.json")
-    report["config"][name] = value
-    write_json(folder / "report.json", report)
 
 def refused(folders, capsys):
     """The one line with which a command on these folders is refused."""
@@ -349,12 +339,12 @@ def test_runs_are_compared_on_the_same_questions(two_runs, capsys):
     assert "in domain: " + points(gains[f"{second}: M-STaR"]["id"]) in last_line
     assert not (second / "comparison.json").exists()
 
-@pytest.mark.parametrize("name", ["world_seed", "validation", "test", "testbed_questions"])
-def test_runs_with_other_questions_are_not_compared(name, two_runs, capsys):
-    change_report(two_runs[1], name, 41)
-    with pytest.raises(ValueError, match=f"different --{name}:"):
+def test_runs_with_other_questions_are_not_compared(two_runs, capsys):
+    report = read_json(two_runs[1] / "report.json")
+    write_json(two_runs[1] / "report.json", {**report, "questions": 41})
+    with pytest.raises(ValueError, match="different questions"):
         compare(two_runs)
-    assert f"--{name}" in refused(two_runs, capsys)
+    assert "different questions" in refused(two_runs, capsys)
     assert not (two_runs[0] / "comparison.json").exists()
 
 def test_a_run_is_not_compared_with_itself(two_runs, capsys):
@@ -406,7 +396,8 @@ def test_what_stops_a_program_from_outside_is_one_line(error, status, words, cap
         raise error
     line = capsys.readouterr().err
     assert stop.value.code == status and line.count("\n") == 1
-    assert line.startswith("prog.py: ") and line.endswith("; what to do\n") and words in line
+    assert line.startswith("prog.py: ") and words in line
+    assert line.endswith("; what to do\n") or "out of memory" in line
 
 def test_errors_of_the_program_itself_keep_their_traceback(capsys):
     with pytest.raises(KeyError), one_line_errors("prog.py", "what to do", ValueError):

@@ -153,6 +153,8 @@ def asked(answer, choices=()):
     ("answer: B. 14 cm\n", asked("B", CHOICES), "correct"),
     ("answer: d", asked("B", CHOICES), "unparseable"),
     ("answer: 15 cm", asked("B", CHOICES), "unparseable"),
+    ("answer: **12**", asked("12"), "correct"), ("**Answer:** *12*", asked("12"), "correct"),
+    ("answer: 3*4", asked("34"), "unparseable"),
     ("Answer: Yes.", asked("yes"), "correct"), ("Answer: no", asked("yes"), "wrong"),
     ("the answer is A Cow", asked("a cow"), "correct"),
     ("Answer:\n5", asked("5"), "correct"), ("**Answer:** 5", asked("5"), "correct"),
@@ -258,7 +260,8 @@ def test_no_picture_is_in_two_splits(sixty, capsys):
             pixels = open_picture(question.image).tobytes()
             assert place.setdefault(pixels, split) == split
     assert len(place) > 15 and open_picture(sixty / "0.png").tobytes() not in place
-    assert "46 questions are used and 14 left out" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "46 questions are used, 2 are on pictures of the testbed, 12 are more" in shown
     again = read_world(sixty / "sixty.json", sixty, "", SIZES, seed=1)
     assert "GPS" not in again and again["test"] != world["test"]
 

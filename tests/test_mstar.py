@@ -277,15 +277,15 @@ def test_every_way_to_select(how, kept, tokenizer, monkeypatch):
                         lambda prm, prompts, tokens: [[int(tokenizer.decode(t)[-1]) / 10]
                                                       for (t,) in tokens])
     correct = [(0, f"answer: {i}") for i in range(5)]
-    cfg = config("--select", how, "--threshold", "0.25")
+    cfg = config("--method", "prm", "--select", how, "--threshold", "0.25")
     chosen = mstar.select(cfg, SimpleNamespace(tokenizer=tokenizer), [None], correct, 1)
     assert "".join(text[-1] for _, text in chosen) == kept
-    by_chance = mstar.select(config("--select", "random"), None, [None], correct, 1)
+    by_chance = mstar.select(config("--method", "random_2"), None, [None], correct, 1)
     assert len(by_chance) == 2 and set(by_chance) < set(correct)
 
 
 def test_the_swept_temperature_is_the_next_one_sampled_at(world, tokenizer, run, monkeypatch):
-    cfg = config("--method", "mstar", *EIGHT, "--epochs", "2", "--interval", "0.5", "--sweeps",
+    cfg = config("--method", "mstar", *EIGHT, "--epochs", "2", "--interval", "0.5", "--sweep_every",
                  "2")
     used, chosen, swept = [], iter((0.4, 1.3)), []
 
@@ -387,7 +387,7 @@ def test_the_expected_minutes_count_everything_that_takes_long(policy, world, mo
     monkeypatch.setattr(mstar, "look_at", look_at)
     monkeypatch.setattr(mstar, "fit", fit)
     cfg = config("--arms", "sft,prm,mstar", "--evolve_updates", "2000", "--labeled", "48",
-                 "--interval", "0.25", "--epochs", "2", "--sweeps", "3", "--validations", "4")
+                 "--interval", "0.25", "--epochs", "2", "--sweep_every", "3", "--validations", "4")
     arms = mstar.arms_of(cfg)
     text = mstar.expected(cfg, arms, policy, {"labeled": world["test"][:1] * 32})
     asked = 2 * (8 * 12 + 4 * 10)          # two arms of 8 rounds of 12, and four validations
@@ -401,6 +401,19 @@ def test_the_expected_minutes_count_everything_that_takes_long(policy, world, mo
     assert "minutes" not in short                                  # nothing is measured
 
 
+@pytest.mark.parametrize("interval, epochs, times", [("0.0625", "2", 8), ("0.0625", "2.2", 8),
+                                                     ("0.25", "2", 8), ("1", "2", 8),
+                                                     ("0.12", "2", 4), ("0.1", "2", 3)])
+def test_what_happens_some_times_is_spread_evenly_and_ends_with_the_last_iteration(interval, epochs,
+                                                                                   times):
+    cfg = config("--interval", interval, "--epochs", epochs, "--method", "prm")
+    due = [i for i in range(cfg.iterations + 1) if cfg.due(i, times)]
+    between = [after - before for before, after in zip(due, due[1:])]
+    assert due[0] == 0 and due[-1] == cfg.iterations and max(between) - min(between) <= 1
+    assert len(between) == min(times, cfg.iterations)
+    assert not any(cfg.due(i, 0) for i in range(cfg.iterations + 1))
+
+
 def test_methods_and_presets_name_fields_that_are_there():
     names = {f.name for f in fields(Config)}
     for values in (*METHODS.values(), *PRESETS.values()):
@@ -409,12 +422,14 @@ def test_methods_and_presets_name_fields_that_are_there():
 
 @pytest.mark.parametrize("flags, arms, method, select", [
     ([], "sft,continuous,prm,mstar", "mstar", "top"),
+    (["--interval", "0.25", "--keep_top", "4"], "sft,continuous,prm,mstar", "mstar", "top"),
     (["--method", "continuous"], "continuous", "continuous", "all"),
     (["--arms", "sft,prm"], "sft,prm", "prm", "top"),
     (["--arms", "continuous,prm", "--method", "continuous", "--select", "random"],
      "continuous,prm", "continuous", "random")])
 def test_what_is_run(flags, arms, method, select):
-    """Everything by default, a method alone when it is named; typed switches are for it alone."""
+    """Everything by default, a method alone when it is named; typed switches are for all arms but
+    those that set them themselves."""
     cfg = config(*flags)
     assert (cfg.arms, cfg.method, cfg.select) == (arms, method, select)
     by_method = {arm.method: arm for arm in mstar.arms_of(cfg)}
@@ -423,6 +438,7 @@ def test_what_is_run(flags, arms, method, select):
         assert by_method["prm"].select == "top"
     assert all(arm.select == "all" for name, arm in by_method.items() if name == "continuous"
                and name != method)
+    assert len({(arm.interval, arm.keep_top, arm.epochs) for arm in by_method.values()}) == 1
 
 
 @pytest.mark.parametrize("flags, named", [
@@ -437,7 +453,8 @@ def test_what_is_run(flags, arms, method, select):
     (["--seed", "x"], "--seed"), (["--seed", "99999999999999999999999"], "--seed"),
     (["--policy", "nowhere.safetensors"], "nowhere"), (["--device", "abacus"], "--device"),
     (["--arms", "prm", "--method", "mstar"], "--arms"), (["--arms", "mstar,magic"], "magic"),
-    (["--arms", "prm,prm"], "twice"),
+    (["--arms", "prm,prm"], "twice"), (["--temperature", "0.7"], "mstar has adaptive"),
+    (["--arms", "prm,top_1", "--keep_top", "3"], "--keep_top 3"),
     (["--keep_top", "0"], "--keep_top"), (["--prm_questions", "1"], "--prm_questions"),
     (["--select", "best"], "--select"), (["--adapt_by", "luck"], "--adapt_by"),
     (["--recipe", "huge"], "huge"), (["--evolve_questions", "49"], "--labeled 48"),
@@ -464,9 +481,10 @@ def test_a_world_without_enough_pictures_is_one_line(tmp_path, capsys, monkeypat
     (always,) = build_world({"test": 1})["test"]                   # a world with one picture
     monkeypatch.setattr(data, "_make", lambda *rest: always)
     with pytest.raises(SystemExit) as stop:
-        mstar.main([*TINY, "--out", str(tmp_path)])
+        mstar.main([*TINY, "--out", str(tmp_path / "new")])
     error = capsys.readouterr().err
     assert stop.value.code == 2 and error.count("\n") == 1 and "--labeled" in error
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_folder_in_use_is_never_written_to(tmp_path, capsys):

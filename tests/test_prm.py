@@ -316,6 +316,7 @@ def test_weighted_vote():
 def test_votes_that_tie_on_paper_tie_and_their_order_does_not_matter():
     # in floating point, 0.1 + 0.1 + 0.1 > 0.3
     assert weighted_vote([5, 5, 5, 3], [0.1, 0.1, 0.1, 0.3]) == 3
+    assert weighted_vote([9, 9, 2], [6e-21, 6e-21, 1e-24]) == 9    # R_p of long responses is small
     # and ten times 0.1, one after the other, are less than 1
     assert weighted_vote([5, *[3] * 10], [1.0, *[0.1] * 10]) == 3
     rng = random.Random(0)
