@@ -279,7 +279,7 @@ TWO_PRODUCTS = ("(a * n) + (b * m)", "(b * m) + (a * n)")
 SUM_SCALED = ("(a + b) * n", "(a * n) + (b * n)")
 DIFFERENCE_OF_PRODUCTS = ("(a * n) - (b * m)",)
 
-# If a wrong reading still gives the right answer, no reward that is learned from answers can notice.
+# If a wrong reading still gives the right answer, no reward learned from answers can notice.
 # So this is made rare: two numbers of one kind (areas, counts, prices) count differently in the
 # answer where they can, a * n - b * m with n and m different, and no two prices or counts in a
 # picture are equal (of more than four groups, some are). In earlier worlds a reading the wrong way
