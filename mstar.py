@@ -693,8 +693,8 @@ def parse(argv):
         fail(f"--arms {arms}: --method {method} must be among them")
     for name, value in METHODS[method].items() if method != arms else ():
         if typed.get(name, value) != value:                        # its row would bear a false name
-            fail(f"--{name} {typed[name]}: {method} is made of --{name} {value}; leave the flag out, "
-                 "or name other --arms")
+            fail(f"--{name} {typed[name]}: {method} is made of --{name} {value}; leave the flag "
+                 "out, or name other --arms")
     cfg = Config(**{**PRESETS[preset], **METHODS[method], **typed, "preset": preset, "arms": arms,
                     "method": method})
     check(cfg)
