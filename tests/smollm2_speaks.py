@@ -81,7 +81,8 @@ def write_tokenizer(about, path):
     added += [{"id": len(tokens) + i, "content": token} for i, token in enumerate(SPECIAL)]
     path.write_text(json.dumps({
         "normalizer": None, "added_tokens": added,
-        "pre_tokenizer": {"pretokenizers": [{"type": "Digits"}, {"type": "ByteLevel"}]},
+        "pre_tokenizer": {"pretokenizers": [{"type": "Digits", "individual_digits": True},
+                                               {"type": "ByteLevel"}]},
         "model": {"type": "BPE", "vocab": {token: i for i, token in enumerate(tokens)},
                   "merges": about["tokenizer.ggml.merges"]}}))
 
