@@ -82,7 +82,7 @@ def write_tokenizer(about, path):
     path.write_text(json.dumps({
         "normalizer": None, "added_tokens": added,
         "pre_tokenizer": {"pretokenizers": [{"type": "Digits", "individual_digits": True},
-                                               {"type": "ByteLevel"}]},
+                                            {"type": "ByteLevel"}]},
         "model": {"type": "BPE", "vocab": {token: i for i, token in enumerate(tokens)},
                   "merges": about["tokenizer.ggml.merges"]}}))
 
