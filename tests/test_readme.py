@@ -132,6 +132,34 @@ def test_what_is_trained_on_is_what_the_runs_of_table_2_say():
                      f"{100 * last('pass_at_1'):.1f} | {100 * last('pass_at_k'):.1f} |")
     assert len(shown) == 6 and not set(shown) - set(READMES[1].read_text().splitlines())
 
+def test_what_chooses_is_what_was_measured():
+    arms = {name: [run["row"] for run in runs]
+            for name, runs in read_json(RESULTS / "cpu-controls.json")["arms"].items()}
+    of_table_2 = read_json(RESULTS / "cpu-table2.json")["arms"]
+    arms |= {arm: [other["row"] for other in of_table_2 if other["arm"] == arm]
+             for arm in ("prm", "random_2")}
+    text = READMES[1].read_text()
+    shown = first_table(text[text.index("### What of R_p chooses?"):])
+    order = ("prm", "network", "likelihood", "random_2")
+    for cells, arm in zip(shown.values(), order, strict=True):
+        rows = arms[arm]
+        assert cells == [f"{100 * mean(row['id']['all'] for row in rows):.1f}",
+                         f"{100 * mean(row['ood']['all'] for row in rows):.1f}",
+                         f"{100 * mean(row['unsound'] for row in rows):.1f}",
+                         ", ".join(f"{100 * row['id']['all']:.1f}" for row in rows)]
+
+def test_gains_over_continuous_in_its_best_rounds_are_those_that_were_measured():
+    rows = [arm["row"] for arm in read_json(RESULTS / "cpu-table1.json")["arms"]
+            if arm["arm"] == "continuous_12.5"]                    # seeds 0 to 2
+    rows += read_json(RESULTS / "cpu-controls.json")["continuous_12.5, seeds 3 and 4"]
+    for name in ("+ PRM re-rank", MINE):
+        for splits in (["test"], TESTBEDS):
+            groups = [graded(name, split) - [correct_in(row["graded"][split]) for row in rows]
+                      for split in splits]
+            shown = points((np.mean(groups), *run_intervals(groups)))
+            assert shown in READMES[1].read_text()
+            assert name == MINE or shown in READMES[0].read_text()
+
 def test_what_the_base_sees_is_what_was_measured():
     (row,) = read_json(RESULTS / "cpu-base.json")["rows"]
     seen = {split: [f"{100 * share:.1f}"] for split, share in row["readings"].items()}
