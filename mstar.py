@@ -315,7 +315,7 @@ def select(cfg, prm, prompts, correct, iteration):
         return random_k(correct, cfg.keep_top, seed_for(cfg.seed, "random", iteration))
     tokens = [[prm.tokenizer.response(text)] for _, text in correct]
     rewards = response_rewards(prm, [prompts[i] for i, _ in correct], tokens)
-    rewards = [reward for (reward,) in rewards]                    # R_p of each, see prm.reward_of
+    rewards = [reward for (reward,) in rewards]                    # R_p of each
     if cfg.select == "top":
         return top_k(correct, rewards, cfg.keep_top)               # the paper: Top-2
     return sorted(key for key, reward in zip(correct, rewards) if reward > cfg.threshold)

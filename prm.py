@@ -5,12 +5,9 @@ responses are worth training on.
 Paper (arXiv 2412.17451v3): the reward R = H(1(a == a*) R_p), R_p = min over steps of f(step), with
     H = Top-K (section on the reward model); step labels from Monte-Carlo rollouts (Math-Shepherd,
     arXiv 2312.08935); weighted voting (section on prompts).
-Read:     label_steps -> train_prm -> read -> top_k, weighted_vote -> audit   (top-down)
-Departs:  pi_0 is fixed, and a network on top of it is trained (see RewardModel). R_p is not the
-          paper's minimum alone (see reward_of): on 600 validation questions of each of three pi_0,
-          the minimum alone did not re-rank as well as plain likelihood does; the two together do
-          (why not better: results/README.md). Rollouts per step and their temperature are
-          not published: see mstar.Config.
+Read:     label_steps -> train_prm -> score -> top_k, weighted_vote -> audit   (top-down)
+Departs:  pi_0 is fixed, and a network on top of it is trained (see RewardModel). Rollouts per step
+          and their temperature are not published: see mstar.Config.
 Run:      python prm.py runs/NAME      (hold the PRM of a run against the oracle)
 
 A step is one line of a response; it ends with its line break, the last one with the end token.
@@ -128,8 +125,8 @@ class RewardModel(nn.Module):
         return self.policy.precision()
 
     def forward(self, images, prompts, lengths, owner, ids, targets):
-        """A batch as `collate` makes it -> (B, T) logits: of the step that ends with each token of
-        the responses, `targets`; and (B, T) the log-probability of all that is written up to it."""
+        """A batch as `collate` makes it -> (B, T) logits, of the step that ends with each token
+        of the responses, `targets`."""
         with torch.no_grad():
             tokens = targets.clamp(min=0)                          # (B, T), padding is some token
             expected = self.policy.hidden(images, prompts, lengths, owner, ids)        # (B, T, C)
@@ -141,7 +138,7 @@ class RewardModel(nn.Module):
         cos, sin = self.policy.rope(torch.arange(T, device=ids.device)[None])
         for block in self.blocks:
             x, _, _ = block(x, cos, sin, causal(T, ids.device))
-        return self.head(self.norm(x))[..., 0].float() + self.share * so_far, so_far
+        return self.head(self.norm(x))[..., 0].float() + self.share * so_far
 
     def loss(self, images, prompts, lengths, owner, ids, targets, labels):
         """Binary cross-entropy against soft labels (B, T), -1 where no step ends, and a term for
@@ -153,7 +150,7 @@ class RewardModel(nn.Module):
         loss of its difference, by how much the labels differ, divided by the number of the
         question's steps, times 2 (our choice, on validation)."""
         is_end = labels >= 0
-        logits, _ = self(images, prompts, lengths, owner, ids, targets)
+        logits = self(images, prompts, lengths, owner, ids, targets)
         logits, soft = logits[is_end], labels[is_end]                                  # (steps,)
         total = F.binary_cross_entropy_with_logits(logits, soft, reduction="sum")
         question = owner[:, None].expand_as(labels)[is_end]                            # (steps,)
@@ -195,10 +192,10 @@ def train_prm(cfg, pi_0, questions, labels):
     return prm, {"steps": len(good), "good": float(np.mean(good)), "auc": auc(good, scores),
                  "loss": loss}
 
-def read(prm, prompts, responses, rows=128):
-    """What the PRM makes of responses: prompts (Q), responses [Q][L] of token lists -> [Q][L] of
-    (logits, one per step; log-probability of the whole response under pi_0). Equal responses to a
-    question are computed once, `rows` of them at a time."""
+def score(prm, prompts, responses, rows=128):
+    """f(s_i), the scores of every step: prompts (Q), responses [Q][L] of token lists -> [Q][L] of
+    lists of floats in [0, 1], one per step. Equal responses to a question are computed once, `rows`
+    of them at a time."""
     different = {(q, tuple(tokens)) for q, group in enumerate(responses) for tokens in group}
     different = sorted(different, key=lambda pair: (len(pair[1]), *pair))  # less padding
     longest = len(different[-1][1]) if different else 1
@@ -206,44 +203,23 @@ def read(prm, prompts, responses, rows=128):
     parts = [different[start:start + rows] for start in range(0, len(different), rows)]
 
     @torch.no_grad()
-    def read_part(part):                                           # (B, T) each
+    def score_part(part):
         batch = collate([Example(*prompts[q], tokens) for q, tokens in part])
         with prm.precision():
-            logits, so_far = prm(*(tensor.to(prm.device) for tensor in batch))
-        return logits.cpu(), so_far.cpu()
+            logits = prm(*(tensor.to(prm.device) for tensor in batch))                 # (B, T)
+        return logits.cpu().double().sigmoid()
 
-    results = {}
+    scores = {}
     with ThreadPoolExecutor(WORKERS if prm.device.type == "cpu" else 1) as pool:
-        for part, (logits, so_far) in zip(parts, of_all(list(pool.map(read_part, my_part(parts))))):
-            for (q, tokens), of_tokens, log_probs in zip(part, logits, so_far):
-                of_steps = of_tokens[prm.tokenizer.step_ends(tokens)].tolist()
-                results[q, tokens] = of_steps, log_probs[len(tokens) - 1].item()     # a running sum
-    return [[results[q, tuple(tokens)] for tokens in group] for q, group in enumerate(responses)]
-
-def score(prm, prompts, responses):
-    """f(s_i), scores of every step: [Q][L] of token lists -> [Q][L] of lists of floats in (0, 1),
-    one per step."""
-    scores = []
-    for group in read(prm, prompts, responses):
-        scores.append([list(map(sigmoid, logits)) for logits, _ in group])
-    return scores
+        for part, of_part in zip(parts, of_all(list(pool.map(score_part, my_part(parts))))):
+            for (q, tokens), of_tokens in zip(part, of_part):                          # (T,)
+                scores[q, tokens] = of_tokens[prm.tokenizer.step_ends(tokens)].tolist()
+    return [[scores[q, tuple(tokens)] for tokens in group] for q, group in enumerate(responses)]
 
 def response_rewards(prm, prompts, responses):
-    """R_p of responses: [Q][L] of token lists -> [Q][L] of floats in [0, 1)."""
-    rewards = []
-    for group in read(prm, prompts, responses):
-        rewards.append([reward_of(*one) for one in group])
-    return rewards
-
-def reward_of(logits, log_prob):
-    """R_p(y). The paper: min over steps of f(s_i), a response is as good as its weakest step. Here
-    log pi_0(y) is added to the logit of that step (our choice, see the head of this file)."""
-    return sigmoid(min(logits) + log_prob)
-
-def sigmoid(logit):
-    """1 / (1 + exp(-logit)), without overflow."""
-    odds = math.exp(min(logit, 700.0))
-    return odds / (1 + odds)
+    """R_p = min over steps of f(s_i): a response is as good as its weakest step. [Q][L] of token
+    lists -> [Q][L] of floats in [0, 1]."""
+    return [[min(steps) for steps in group] for group in score(prm, prompts, responses)]
 
 # ---------------------------------------------------------------- selection and voting
 
@@ -313,18 +289,18 @@ def audit(pi_0, prm, labels, labeled, questions, max_new_tokens, n=16):
     prompts = make_prompts(pi_0, questions)
     how = Sampling(n, 1.0, max_new_tokens, seed=0)                 # seed 0: the same for all runs
     texts, responses = sample_texts(pi_0, prompts, how, "audit: responses")
-    scored = read(prm, prompts, tokens_of(responses))
+    scores = score(prm, prompts, tokens_of(responses))
     numbers, true_steps, step_scores = defaultdict(list), [], []
-    for question, group, sampled, of_group in zip(questions, texts, responses, scored):
-        rewards = [reward_of(*one) for one in of_group]
+    for question, group, sampled, of_group in zip(questions, texts, responses, scores):
+        rewards = [min(steps) for steps in of_group]                # R_p
         likely = [sum(response.log_probs) for response in sampled]  # of whole responses
         for name, is_correct in verify(question, group, rewards, likely).items():
             numbers[name].append(is_correct)
         for name, number in compare_top_2(question, group, rewards, likely).items():
             numbers[name].append(number)
-        for text, (logits, _) in zip(group, of_group) if question.facts else ():
-            step_scores += logits                                  # in the order of the scores
-            true_steps += oracle(question, text)[:len(logits)]     # a cut text may end in a break
+        for text, steps in zip(group, of_group) if question.facts else ():
+            step_scores += steps
+            true_steps += oracle(question, text)[:len(steps)]      # a cut text may end in a break
     _, greedy = answer_greedily(pi_0, questions, max_new_tokens, "audit: greedy")
     numbers["greedy"] = [outcome == "correct" for outcome in greedy]
     mean = {}

@@ -12,8 +12,8 @@ from data import Tokenizer, build_world, oracle, write_reasoning
 from evaluate import answer_greedily, make_prompts, tokens_of
 from model import (Example, Response, Sampling, collate, fit, load_network, read_json, sample, save,
                    seed_for, write_json)
-from prm import (RewardModel, StepLabels, label_responses, label_steps, random_k, read,
-                 response_rewards, score, top_k, train_prm, weighted_vote)
+from prm import (RewardModel, StepLabels, label_responses, label_steps, random_k, response_rewards,
+                 score, top_k, train_prm, weighted_vote)
 
 TOKENIZER = Tokenizer()
 CFG = mstar.Config(prm_epochs=30, prm_lr=3e-3, batch_size=16)
@@ -139,33 +139,18 @@ def test_scores_are_of_what_stands_before_and_rewards_by_the_lowest_of_them(rewa
     responses = tokens_of(responses_of(texts))
     responses[2][0] = responses[2][0][:-3]                         # cut off inside the last step
     for rows in (1, 2, 100):
-        found = read(reward_model, prompts[:3], responses, rows)
-        assert list(map(len, found)) == [4, 0, 1]
+        scores = score(reward_model, prompts[:3], responses, rows)
+        assert list(map(len, scores)) == [4, 0, 1]
         for q, group in enumerate(responses):
-            for tokens, (logits, log_prob) in zip(group, found[q]):
-                expected = by_hand(reward_model, prompts[q], tokens)
-                torch.testing.assert_close(torch.tensor(logits), expected, rtol=1e-3, atol=1e-3)
-                ids = torch.tensor([prompts[q].ids + tokens])
-                before = len(prompts[q].ids) - 1
-                plain = reward_model.policy(prompts[q].image[None], ids)[0].log_softmax(-1)
-                plain = sum(plain[before + i, token] for i, token in enumerate(tokens))
-                assert log_prob == pytest.approx(plain.item(), rel=1e-3)
-    assert found[0][0] == found[0][2]
-    scores = score(reward_model, prompts[:3], responses)
-    rewards = response_rewards(reward_model, prompts[:3], responses)
-    assert len(set(scores[0][0])) == 3
+            for tokens, steps in zip(group, scores[q]):
+                expected = by_hand(reward_model, prompts[q], tokens).sigmoid()
+                torch.testing.assert_close(torch.tensor(steps), expected, rtol=1e-3, atol=1e-3)
+    assert scores[0][0] == scores[0][2] and len(set(scores[0][0])) == 3
     first, *_, other = scores[0]                                   # they part in the second step
     assert first[0] == pytest.approx(other[0], abs=1e-5) and first[1] != other[1]
-    for q in range(3):
-        for steps, reward, (_, log_prob) in zip(scores[q], rewards[q], found[q]):
-            worst = torch.tensor(min(steps), dtype=torch.double).logit()
-            assert reward == pytest.approx((worst + log_prob).sigmoid().item(), rel=1e-2)
-    assert read(reward_model, prompts[:2], [[], []]) == [[], []]
-
-def test_the_sigmoid_of_any_number():
-    for logit in (-5.0, 0.0, 0.1, 30.0):
-        assert prm.sigmoid(logit) == pytest.approx(torch.tensor(logit).double().sigmoid().item())
-    assert prm.sigmoid(-1e5) == 0 and prm.sigmoid(1e5) == 1
+    rewards = response_rewards(reward_model, prompts[:3], responses)
+    assert rewards == [[sorted(steps)[0] for steps in group] for group in scores]
+    assert score(reward_model, prompts[:2], [[], []]) == [[], []]
 
 def test_an_untrained_prm_goes_by_likelihood(policy, prompts):
     model = RewardModel(policy.config, policy.tokenizer)
@@ -232,6 +217,9 @@ def test_scores_mean_what_the_labels_say(policy, world):
 
 def test_the_loss_is_by_hand_that_of_steps_and_of_pairs_of_one_question(reward_model, prompts):
     """Two responses to one question, one to another."""
+    def sigmoid(x):
+        return 1 / (1 + np.exp(-x))
+
     examples, logits, soft, asked, number = [], [], [], [], 0
     for q, text, labels in ((0, TEXT, [1.0, 0.25, 0.5]), (0, "answer: 7", [0.75]),
                             (1, OTHER, [0.0, 0.5, 1.0])):
@@ -245,10 +233,10 @@ def test_the_loss_is_by_hand_that_of_steps_and_of_pairs_of_one_question(reward_m
         number += len(tokens)
     expected = 0.0
     for i, (x, t) in enumerate(zip(logits, soft)):
-        expected -= t * np.log(prm.sigmoid(x)) + (1 - t) * np.log(1 - prm.sigmoid(x))
+        expected -= t * np.log(sigmoid(x)) + (1 - t) * np.log(1 - sigmoid(x))
         for j, (y, u) in enumerate(zip(logits, soft)):
             if asked[i] == asked[j] and t > u:                     # i should be above j
-                expected -= 2 * (t - u) * np.log(prm.sigmoid(x - y)) / asked.count(asked[i])
+                expected -= 2 * (t - u) * np.log(sigmoid(x - y)) / asked.count(asked[i])
     loss = reward_model.loss(*collate(examples)).item()
     assert loss == pytest.approx(expected / number, rel=1e-3)
 
@@ -349,20 +337,20 @@ def test_audit_of_a_perfect_and_of_a_reversed_prm(direction, policy, world, monk
         return texts, responses
 
     def truth(model, prompts, responses):
-        def logits_of(question, tokens):
+        def scores_of(question, tokens):
             verdicts = oracle(question, TOKENIZER.decode(tokens))
-            return [direction * (2.0 if is_true else -2.0) for is_true in verdicts]
+            return [0.5 + direction * (0.4 if is_true else -0.4) for is_true in verdicts]
 
         found = []
         for question, group in zip(questions, responses):
-            found.append([(logits_of(question, tokens), 0.0) for tokens in group])
+            found.append([scores_of(question, tokens) for tokens in group])
         return found
 
     def greedy(policy, questions, max_new_tokens, title):
         return None, ["correct"] * 3 + ["wrong"] * 3
 
     monkeypatch.setattr(prm, "sample_texts", fake)
-    monkeypatch.setattr(prm, "read", truth)
+    monkeypatch.setattr(prm, "score", truth)
     monkeypatch.setattr(prm, "answer_greedily", greedy)
     labeled, labels = world["labeled"], []
     for i in range(3):
