@@ -1,27 +1,36 @@
 """
-public_against_transformers.py: load_public beside Hugging Face's own code, on random weights in the
-format of SmolVLM and nanoVLM. It is no test; it needs `pip install transformers` on top of
-requirements.txt.
+public_against_transformers.py: load_public, PublicTokenizer and open_picture beside Hugging Face's
+own code, on random weights in the format of SmolVLM and nanoVLM. It is no test; it needs
+`pip install transformers` on top of requirements.txt, and the tokenizer.json of SmolVLM (or the one
+that smollm2_speaks.py writes).
 
+Ids of 2,000 made-up texts; pixels of pictures of many sizes and modes, without tiles; the prompt of
+a question, by the library `tokenizers` and their processor.
 For tiny networks of both architectures (Idefics3: SmolVLM; SmolVLM: SmolVLM2), and with --full for
 one of the size of SmolVLM-256M: the largest difference between the logits, and whether `sample`,
 with its cache, writes the greedy tokens that their `generate` writes. nanoVLM is no part of
 transformers: a tiny one is put together from its SigLIP and its Llama.
 Run:      python tests/public_against_transformers.py TOKENIZER.json [--full]
 """
+import random
 import re
 import sys
 import tempfile
 from pathlib import Path
 
+import numpy as np
 import torch
+from PIL import Image
 from safetensors.torch import load_file
-from transformers import (Idefics3Config, Idefics3ForConditionalGeneration, LlamaConfig,
-                          LlamaForCausalLM, SiglipVisionConfig, SiglipVisionModel, SmolVLMConfig,
-                          SmolVLMForConditionalGeneration)
+from tokenizers import Tokenizer
+from transformers import (Idefics3Config, Idefics3ForConditionalGeneration,
+                          Idefics3ImageProcessorPil, Idefics3Processor, LlamaConfig,
+                          LlamaForCausalLM, PreTrainedTokenizerFast, SiglipVisionConfig,
+                          SiglipVisionModel, SmolVLMConfig, SmolVLMForConditionalGeneration)
 
 for folder in (Path(__file__).parent, Path(__file__).parent.parent):
     sys.path.insert(0, str(folder))
+from data import open_picture                                              # noqa: E402
 from model import Prompt, Sampling, sample                                 # noqa: E402
 from test_public import SIZES, write_public                                # noqa: E402
 from weights.public import PublicTokenizer, load_public                    # noqa: E402
@@ -36,6 +45,67 @@ FULL = dict(vision=dict(hidden_size=768, intermediate_size=3072, num_hidden_laye
             text=dict(hidden_size=576, intermediate_size=1536, num_hidden_layers=30,
                       num_attention_heads=9, num_key_value_heads=3, rope_theta=100_000.0),
             shuffle=4)
+
+PICTURES = ((640, 480), (480, 640), (1, 1), (3, 700), (700, 3), (2048, 2048), (513, 512), (37, 91),
+            (2500, 1000), (511, 1023))                             # width, height
+MODES = ("RGB", "L", "RGBA", "P", "1", "CMYK", "LA")
+RANGES = ((32, 127), (0, 32), (127, 700), (0x370, 0x600), (0x2000, 0x2C00), (0x3000, 0x9FFF),
+          (0xAC00, 0xD7A0), (0xF900, 0xFFFE), (0x1F000, 0x1FA00), (0x1D400, 0x1D7FF))
+PARTS = ("\\frac{a}{b}", "$x_1^2$", "don't", "we'll", "  ", "\n\n", "\t ", "\r\n", "3.14", "7",
+         "1,000", "A. 5 cm", "\u00bd\u00b2", "<image>", "<end_of_utterance>", "e\u0301", "\u2003",
+         "\x1c", "'S")
+
+def compare_ids(path, number=2000):
+    """Made-up texts: words, LaTeX, digits, control characters, many scripts, special tokens."""
+    ours, theirs, rng = PublicTokenizer(path), Tokenizer.from_file(path), random.Random(0)
+    tokens, different = 0, 0
+    for _ in range(number):
+        parts = []
+        for _ in range(rng.randint(0, 12)):
+            start, end = rng.choice(RANGES)
+            letters = "".join(chr(rng.randrange(start, end)) for _ in range(rng.randint(1, 6)))
+            parts += [rng.choice(PARTS), letters, rng.choice(["", " ", str(rng.randint(0, 9999))])]
+        text = "".join(rng.sample(parts, len(parts)))
+        expected = theirs.encode(text, add_special_tokens=False).ids
+        tokens += len(expected)
+        different += ours.encode(text) != expected
+    print(f"ids: {number:,} texts, {tokens:,} tokens; {different} texts have others")
+
+def their_processor(path):
+    """SmolVLM's processor, without tiles."""
+    pictures = Idefics3ImageProcessorPil(
+        do_image_splitting=False, size={"longest_edge": 2048}, max_image_size={"longest_edge": 512})
+    special = {"pad_token": "<|im_end|>", "eos_token": "<end_of_utterance>"}
+    words = PreTrainedTokenizerFast(tokenizer_file=path, **special, extra_special_tokens={
+        "image_token": "<image>", "global_image_token": "<global-img>",
+        "fake_image_token": "<fake_token_around_image>",
+        "end_of_utterance_token": "<end_of_utterance>"})
+    return Idefics3Processor(pictures, words, image_seq_len=64)
+
+def compare_pixels(processor, folder):
+    """Each size in a mode of its own, and each mode."""
+    rng, worst = np.random.default_rng(0), 0.0
+    cases = [*((size, "RGB") for size in PICTURES), *(((90, 60), mode) for mode in MODES)]
+    for (width, height), mode in cases:
+        channels = 4 if mode in ("RGBA", "LA") else 3
+        noise = rng.integers(0, 256, (height, width, channels), dtype=np.uint8)
+        picture = Image.fromarray(noise).convert(mode)
+        path = Path(folder) / ("x.tiff" if mode == "CMYK" else "x.png")
+        picture.save(path)
+        expected = processor.image_processor(Image.open(path), return_tensors="np")["pixel_values"]
+        expected = (expected[0, 0] + 1) * 127.5                     # from -1 .. 1 to 0 .. 255
+        ours = open_picture(path, size=512, longest=2048).transpose(2, 0, 1)
+        worst = max(worst, np.abs(ours - expected.round()).max())
+    print(f"pixels: {len(cases)} pictures; the largest difference is {worst:g} of 255")
+
+def compare_prompt(processor, path, question="What is 3 + 4?\nChoices:\n(A) 7\n(B) 12"):
+    """What stands before the image, its tokens, and what stands behind it."""
+    ours, image = PublicTokenizer(path), Image.new("RGB", (64, 48))
+    asked = ours.decode(ours.prompt(question)).removesuffix("\nAssistant:")
+    chat = f"<|im_start|>User:<image>{asked}<end_of_utterance>\nAssistant:"
+    expected = processor(text=chat, images=[image])["input_ids"][0]
+    whole = [*ours.lead, *[ours.ids["<image>"]] * 64, *ours.prompt(question)]
+    print(f"prompt: {len(expected)} tokens, {'equal' if whole == expected else 'DIFFERENT'}")
 
 def random_weights(config_of, network_of, sizes, tokenizer):
     """Their network, with random weights large enough that its choices are decided."""
@@ -132,7 +202,11 @@ def compare_nanovlm(tokenizer):
           f"{(logits - expected).abs().max():.1e}")
 
 if __name__ == "__main__":
-    tokenizer = PublicTokenizer(sys.argv[1])
+    tokenizer, processor = PublicTokenizer(sys.argv[1]), their_processor(sys.argv[1])
+    compare_ids(sys.argv[1])
+    with tempfile.TemporaryDirectory() as folder:
+        compare_pixels(processor, folder)
+    compare_prompt(processor, sys.argv[1])
     kinds = {"Idefics3": (Idefics3Config, Idefics3ForConditionalGeneration),
              "SmolVLM": (SmolVLMConfig, SmolVLMForConditionalGeneration)}
     for name, kind in kinds.items():

@@ -77,12 +77,17 @@ def read_gguf(path):
 def write_tokenizer(about, path):
     """tokenizer.json of SmolLM2 with SmolVLM's special tokens behind its own."""
     tokens, kinds = about["tokenizer.ggml.tokens"], about["tokenizer.ggml.token_type"]
-    added = [{"id": i, "content": tokens[i]} for i, kind in enumerate(kinds) if kind != 1]
-    added += [{"id": len(tokens) + i, "content": token} for i, token in enumerate(SPECIAL)]
+    special = {i: tokens[i] for i, kind in enumerate(kinds) if kind != 1}
+    special |= {len(tokens) + i: token for i, token in enumerate(SPECIAL)}
+    plain = {"special": True, "normalized": False, "single_word": False, "lstrip": False,
+             "rstrip": False}                                      # what the library asks for, too
+    bytes_as_signs = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True,
+                      "use_regex": True}
     path.write_text(json.dumps({
-        "normalizer": None, "added_tokens": added,
-        "pre_tokenizer": {"pretokenizers": [{"type": "Digits", "individual_digits": True},
-                                            {"type": "ByteLevel"}]},
+        "version": "1.0", "normalizer": None, "decoder": bytes_as_signs,
+        "added_tokens": [{"id": i, "content": token, **plain} for i, token in special.items()],
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [
+            {"type": "Digits", "individual_digits": True}, bytes_as_signs]},
         "model": {"type": "BPE", "vocab": {token: i for i, token in enumerate(tokens)},
                   "merges": about["tokenizer.ggml.merges"]}}))
 

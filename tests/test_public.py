@@ -87,6 +87,14 @@ def test_ids_are_those_of_the_library(tokenizer):
         shown = "".join(tokenizer.added.split(text)[::2])          # special tokens are not
         assert tokenizer.decode(ids) == shown.removeprefix(" ")
 
+def test_a_byte_without_a_token_is_left_out_before_anything_is_merged(tmp_path):
+    about = json.loads((TESTS / "tokenizer.json").read_text())
+    i = about["model"]["vocab"].pop("\u0114")              # the sign of \x14: SmolLM2 has none
+    about["model"]["vocab"]["none"] = i
+    (tmp_path / "tokenizer.json").write_text(json.dumps(about))
+    tokenizer = PublicTokenizer(tmp_path / "tokenizer.json")
+    assert tokenizer.encode(" \x14+ 3") == tokenizer.encode(" + 3") and tokenizer.ids["\u0120+"]
+
 def test_a_step_ends_where_a_token_holds_a_line_break(tokenizer):
     tokens = tokenizer.response("red is 7\n7 + 7 = 14\nanswer: 14")
     ends = tokenizer.step_ends(tokens)

@@ -161,7 +161,8 @@ class PublicTokenizer(Tokenizer):
         self.lead = tuple(self.encode(before)) if self.chat else ()  # what stands before an image
 
     def encode(self, text):
-        """Token ids of a text. Bytes without a token (UTF-8 never has them) are left out."""
+        """Token ids of a text. Bytes without a token (some control characters) are left out
+        before anything is merged."""
         ids = []
         for part in self.added.split(text):
             if part in self.ids and self.added.fullmatch(part):
@@ -174,7 +175,7 @@ class PublicTokenizer(Tokenizer):
 
     @lru_cache(maxsize=100_000)
     def _merge(self, piece):
-        parts = [self.sign[byte] for byte in piece.encode()]
+        parts = [self.sign[byte] for byte in piece.encode() if self.sign[byte] in self.ids]
         while len(parts) > 1:
             pairs = list(zip(parts, parts[1:]))
             best = min(pairs, key=lambda pair: self.rank.get(pair, math.inf))
@@ -187,7 +188,7 @@ class PublicTokenizer(Tokenizer):
                 else:
                     merged.append(sign)
             parts = merged
-        return [self.ids[part] for part in parts if part in self.ids]
+        return [self.ids[part] for part in parts]
 
     def decode(self, ids):
         """The text of token ids; special tokens are left out."""
