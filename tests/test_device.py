@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 import model
+import mstar
 import prm
 from model import Example, Sampling, adamw, batches, fit, load_network, read_json, sample, save
 from prm import RewardModel
@@ -201,16 +202,18 @@ def test_batches_fit_into_the_memory_of_a_gpu(policy, monkeypatch):
 def test_several_processes_do_what_one_does(tmp_path):
     """Bit for bit: each response has its own random numbers, and two summands have one sum."""
     project = Path(model.__file__).parent
-    flags = ["mstar.py", "--preset", "test", "--method", "mstar", "--policy",
-             "weights/base.safetensors", "--labeled", "20", "--warmup_questions", "8",
+    flags = ["--preset", "test", "--method", "mstar", "--policy",
+             str(project / "weights/base.safetensors"), "--labeled", "20", "--warmup_questions", "8",
              "--prm_questions", "8", "--validation", "3", "--test", "6", "--testbed_questions", "1",
              "--epochs", "0.5", "--rollouts_per_question", "4", "--max_new_tokens", "32"]
     run = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    for name, start in (("one", [sys.executable]), ("several", run)):
-        subprocess.run([*start, *flags, "--out", tmp_path / name], cwd=project, env=environment,
-                       check=True, capture_output=True)
     one, several = tmp_path / "one", tmp_path / "several"
+    with open(tmp_path / "log", "w") as log:
+        process = subprocess.Popen([*run, "mstar.py", *flags, "--out", several], cwd=project,
+                                   env=environment, stdout=log, stderr=log)
+    mstar.main([*flags, "--out", str(one)])                        # meanwhile
+    assert process.wait() == 0, (tmp_path / "log").read_text()[-2000:]
     assert {path.name for path in one.iterdir()} == {path.name for path in several.iterdir()}
     for name in ("pi_0", "prm", "policy"):
         file = f"{name}.safetensors"

@@ -359,8 +359,8 @@ SMALL = ["--preset", "test", "--labeled", "20", "--warmup_questions", "8",
 def test_a_run_on_our_world_as_files_is_the_same_run(tmp_path):
     """To the bit, but for what the oracle says."""
     flags = [*SMALL, "--method", "prm", "--policy", "weights/base.safetensors",
-             "--max_new_tokens", "32", "--testbed_questions", "2", "--monitor_rollouts", "4",
-             "--prm_rollouts", "1"]
+             "--max_new_tokens", "32", "--testbed_questions", "1", "--monitor_rollouts", "2",
+             "--prm_rollouts", "1", "--test", "5"]
     cfg, _ = mstar.parse(flags)
     file = write_world(data.build_world(cfg.splits), tmp_path / "files")
     ours = mstar.main([*flags, "--out", str(tmp_path / "ours")])

@@ -274,7 +274,7 @@ def test_running_out_of_memory_names_the_flag(tmp_path, monkeypatch, capsys):
 
 FLAGS = ["--preset", "test", "--validation", "4", "--test", "10", "--testbed_questions", "2",
          "--labeled", "16", "--prm_questions", "6", "--threshold", "0", "--max_new_tokens", "6",
-         "--monitor_rollouts", "2"]
+         "--monitor_rollouts", "2", "--validations", "1"]
 
 
 @pytest.fixture(scope="module")
