@@ -108,7 +108,7 @@ class Config:
     select: str = setting("all", "which correct responses are trained on",
                           choices=("all", "top", "threshold", "random"))
     keep_top: int = setting(2, "responses per question that top and random keep")
-    threshold: float = setting(0.01, "threshold keeps what has a larger R_p (unknown in paper; "
+    threshold: float = setting(0.2, "threshold keeps what has a larger R_p (unknown in paper; "
                                "chosen on validation)", 0)
     unlabeled: str = setting("none", "take half of the questions from the unlabeled split",
                              choices=("none", "vote", "true_answers"))

@@ -202,9 +202,9 @@ def test_batches_fit_into_the_memory_of_a_gpu(policy, monkeypatch):
 def test_several_processes_do_what_one_does(tmp_path):
     """Bit for bit: each response has its own random numbers, and two summands have one sum."""
     project = Path(model.__file__).parent
-    flags = ["--preset", "test", "--method", "mstar", "--policy",
-             str(project / "weights/base.safetensors"), "--labeled", "20", "--warmup_questions", "8",
-             "--prm_questions", "8", "--validation", "3", "--test", "6", "--testbed_questions", "1",
+    base = str(project / "weights/base.safetensors")
+    flags = ["--preset", "test", "--method", "mstar", "--policy", base, "--labeled", "20",
+             "--warmup_questions", "8", "--prm_questions", "8", "--validation", "3", "--test", "6", "--testbed_questions", "1",
              "--epochs", "0.5", "--rollouts_per_question", "4", "--max_new_tokens", "32"]
     run = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}

@@ -88,6 +88,22 @@ def test_accuracies_by_template_are_those_of_the_committed_runs():
             values.append(100 * graded(method, "test")[:, templates == template].mean())
         assert cells == [f"{value:.0f}" for value in values]
 
+def test_what_is_unsound_is_what_was_measured():
+    arms = read_json(RESULTS / "cpu-templates.json")["why_unsound"]["arms"].values()
+    text = READMES[1].read_text()
+    shown = first_table(text[text.index("What is unsound in the correct ones"):])
+    names = ("unsound", "wrong colour", "differences the wrong way round",
+             "number not written before", "none of these")
+    for name, cells in zip(names, shown.values()):
+        whole = "correct" if name == "unsound" else "unsound"
+        assert cells == [f"{100 * mean(run['all'][name] / run['all'][whole] for run in runs):.0f}"
+                         for runs in arms]
+    for cells, spared in zip(list(shown.values())[len(names):], (0, 1), strict=True):
+        greedy = [[run["greedy"] for run in runs] for runs in arms]
+        false = [[(run["false"] - spared * run["false, another colour has it"]) / run["readings"]
+                  for run in runs] for runs in greedy]
+        assert cells == [f"{100 - 100 * mean(shares):.1f}" for shares in false]
+
 def test_accuracies_by_seed_are_those_of_the_committed_runs():
     text = READMES[1].read_text()
     shown = first_table(text[text.index("| ID, % |"):])
@@ -135,15 +151,20 @@ def test_what_is_trained_on_is_what_the_runs_of_table_2_say():
 def test_what_chooses_is_what_was_measured():
     arms = {name: [run["row"] for run in runs]
             for name, runs in read_json(RESULTS / "cpu-controls.json")["arms"].items()}
-    of_table_2 = read_json(RESULTS / "cpu-table2.json")["arms"]
-    arms |= {arm: [other["row"] for other in of_table_2 if other["arm"] == arm]
-             for arm in ("prm", "random_2")}
+    arms["random"] = [arm["row"] for arm in read_json(RESULTS / "cpu-table2.json")["arms"]
+                      if arm["arm"] == "random_2"]
+    arms["R_p"] = [next(row for row in report["rows"] if row["name"] == "+ PRM re-rank")
+                   for report in REPORTS[:3]]
+    seen = read_json(RESULTS / "cpu-trials.json")["form_of_R_p"]["greedy"]
     text = READMES[1].read_text()
     shown = first_table(text[text.index("### What of R_p chooses?"):])
-    order = ("prm", "network", "likelihood", "random_2")
-    for cells, arm in zip(shown.values(), order, strict=True):
+    order = {"R_p": "weakest step", "with_likelihood": "weakest step + log p",
+             "likelihood": "log p", "random": "chance"}
+    for cells, (arm, reward) in zip(shown.values(), order.items(), strict=True):
         rows = arms[arm]
-        assert cells == [f"{100 * mean(row['id']['all'] for row in rows):.1f}",
+        assert cells == [f"{mean(run[-1] for run in seen[reward]):.1f}",
+                         f"{mean(mean(run[-4:]) for run in seen[reward]):.1f}",
+                         f"{100 * mean(row['id']['all'] for row in rows):.1f}",
                          f"{100 * mean(row['ood']['all'] for row in rows):.1f}",
                          f"{100 * mean(row['unsound'] for row in rows):.1f}",
                          ", ".join(f"{100 * row['id']['all']:.1f}" for row in rows)]
@@ -158,7 +179,7 @@ def test_gains_over_continuous_in_its_best_rounds_are_those_that_were_measured()
                       for split in splits]
             shown = points((np.mean(groups), *run_intervals(groups)))
             assert shown in READMES[1].read_text()
-            assert name == MINE or shown in READMES[0].read_text()
+            assert name == MINE or splits == TESTBEDS or shown in READMES[0].read_text()
 
 def test_what_the_base_sees_is_what_was_measured():
     (row,) = read_json(RESULTS / "cpu-base.json")["rows"]
