@@ -204,8 +204,9 @@ def test_several_processes_do_what_one_does(tmp_path):
     project = Path(model.__file__).parent
     base = str(project / "weights/base.safetensors")
     flags = ["--preset", "test", "--method", "mstar", "--policy", base, "--labeled", "20",
-             "--warmup_questions", "8", "--prm_questions", "8", "--validation", "3", "--test", "6", "--testbed_questions", "1",
-             "--epochs", "0.5", "--rollouts_per_question", "4", "--max_new_tokens", "32"]
+             "--warmup_questions", "8", "--prm_questions", "8", "--validation", "3", "--test", "6",
+             "--testbed_questions", "1", "--epochs", "0.5", "--rollouts_per_question", "4",
+             "--max_new_tokens", "32"]
     run = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     one, several = tmp_path / "one", tmp_path / "several"
