@@ -108,8 +108,8 @@ class Config:
     select: str = setting("all", "which correct responses are trained on",
                           choices=("all", "top", "threshold", "random"))
     keep_top: int = setting(2, "responses per question that top and random keep")
-    threshold: float = setting(0.2, "threshold keeps what has a larger R_p (unknown in paper; "
-                               "chosen on validation)", 0)
+    threshold: float = setting(0.2, "threshold keeps what has a larger R_p (unknown in paper; of "
+                               "the questions that pi_0 can answer a sixth keep nothing)", 0, 1)
     unlabeled: str = setting("none", "take half of the questions from the unlabeled split",
                              choices=("none", "vote", "true_answers"))
     mix_in: float = setting(0.0, "share of the iterations before unlabeled questions join", 0, 0.99)
