@@ -219,7 +219,10 @@ def score(prm, prompts, responses, rows=128):
 def response_rewards(prm, prompts, responses):
     """R_p = min over steps of f(s_i): a response is as good as its weakest step. [Q][L] of token
     lists -> [Q][L] of floats in [0, 1]."""
-    return [[min(steps) for steps in group] for group in score(prm, prompts, responses)]
+    rewards = []
+    for group in score(prm, prompts, responses):
+        rewards.append([min(steps) for steps in group])
+    return rewards
 
 # ---------------------------------------------------------------- selection and voting
 
@@ -292,7 +295,7 @@ def audit(pi_0, prm, labels, labeled, questions, max_new_tokens, n=16):
     scores = score(prm, prompts, tokens_of(responses))
     numbers, true_steps, step_scores = defaultdict(list), [], []
     for question, group, sampled, of_group in zip(questions, texts, responses, scores):
-        rewards = [min(steps) for steps in of_group]                # R_p
+        rewards = [min(steps) for steps in of_group]               # R_p
         likely = [sum(response.log_probs) for response in sampled]  # of whole responses
         for name, is_correct in verify(question, group, rewards, likely).items():
             numbers[name].append(is_correct)
