@@ -288,7 +288,9 @@ def explore(policy, questions, how, reward=None):
         streams += own
     all_of_them = how._replace(rollouts=len(at), temperature=at, streams=streams)
     all_texts, all_responses = sample_texts(policy, prompts, all_of_them, "validation")
-    looks = {}
+    rewards, looks = None, {}
+    if reward:                                     # at once: temperatures share many responses
+        rewards = np.array(reward(prompts, tokens_of(all_responses)))                  # (Q, all)
     for temperature in how.temperature:
         own = slice(at.index(temperature), at.index(temperature) + at.count(temperature))
         texts = [group[own] for group in all_texts]
@@ -296,10 +298,8 @@ def explore(policy, questions, how, reward=None):
         grades = []
         for question, group in zip(questions, texts):
             grades.append([grade(text, question) for text in group])
-        rewards = None
-        if reward and temperature:
-            rewards = np.array(reward(prompts, tokens_of(responses)))                  # (Q, n)
-        looks[temperature] = Look(texts, responses, np.array(grades) == "correct", rewards)
+        looks[temperature] = Look(texts, responses, np.array(grades) == "correct",
+                                  None if rewards is None else rewards[:, own])
     return looks
 
 def pass_metrics(look, L, ks):
