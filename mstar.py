@@ -543,6 +543,10 @@ def run_stages(cfg, out, command, program="mstar"):
     print(f"run       {out}: {cfg.arms} from {cfg.policy}, preset {cfg.preset}, seed {cfg.seed}, "
           f"on {run.device} ({WORKERS} workers, {'bf16' if has_bf16(run.device) else 'fp32'})",
           flush=True)
+    if cfg.data:                               # as the policy reads it, but for special tokens
+        question = next(chain.from_iterable(world.values()))
+        asked = tokenizer.decode(tokenizer.prompt(question.text))
+        print(f"question  {question.id}, behind its picture: {asked}", flush=True)
     if cfg.policy == "scratch":
         base = run.network("checkpoint/base", Policy, train_base, world["base"], cfg, run)
     else:

@@ -389,6 +389,7 @@ def test_every_stage_runs_on_public_weights_and_files(sixty, tmp_path, capsys):
     shown = capsys.readouterr().out
     assert "unsound (of the correct) not known" in shown and "by MathVista's rules" in shown
     assert shown.splitlines()[-1].endswith("report.html")
+    assert ", behind its picture: " in shown and "\nReason step by step, one step per" in shown
     evaluate.main([str(tmp_path / "run")])
     prm.main([str(tmp_path / "run")])
     assert "steps_top_2" in capsys.readouterr().out
