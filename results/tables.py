@@ -380,10 +380,10 @@ def html_dynamics(arms):
 
     one = {title: curve("prm_watched", get) for title, get in FIGURES.items()}
     del one["Reward-Pass@2"]
-    gaps, both = {}, {}
+    greedy, gaps, both = one.pop("greedy"), {}, {}
     for title, line in one.items():
-        gaps[title] = [(x, y - g) for (x, y), (_, g) in zip(line, one["greedy"])]
-    del gaps["greedy"]
+        gaps[title] = [(x, y - g) for (x, y), (_, g) in zip(line, greedy)]
+    one["greedy"] = greedy                     # last: a temperature has one colour in both charts
     for title, get in (("Reward-Pass@2", FIGURES["Reward-Pass@2"]),
                        ("Pass@K", lambda line: line["pass_at_k"])):
         both[title] = {"T = 1": curve("prm_watched", get),
