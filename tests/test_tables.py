@@ -371,7 +371,7 @@ def test_dynamics_as_text_and_as_curves():
     page = html_dynamics(result["arms"])
     labels = re.findall("aria-label='([^']*)'", page)
     assert len(labels) == 4 and page.count("<polyline") == 4 + 3 + 2 + 2
-    assert "greedy: 12.5, 32.5; pass@k, T = 0.5: 37.5, 37.5" in labels[0]
+    assert "pass@k, T = 0.5: 37.5, 37.5; " in labels[0] and "; greedy: 12.5, 32.5" in labels[0]
     assert "pass@k, T = 1.5: 75, 55" in labels[1]                  # minus greedy
     assert "T = 1: 52.5, 52.5; adaptive T: 52.5, 52.5" in labels[2]
     assert "adaptive T: 62.5, 62.5" in labels[3]
