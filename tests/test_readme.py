@@ -18,8 +18,8 @@ from results.tables import claims_of, figure_2_claims, format_table, run_interva
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "results"
 BEFORE = RESULTS / "before"
-RUNS = sorted((*RESULTS.glob("cpu-*.json"), *BEFORE.glob("cpu-*.json")))
-TABLES = [path for path in RUNS if re.fullmatch(r"cpu-(table\d|dynamics)", path.stem)]
+RUNS = sorted((*RESULTS.glob("*-*.json"), *BEFORE.glob("*-*.json")))
+TABLES = [path for path in RUNS if re.fullmatch(r"cpu-table\d|few-dynamics", path.stem)]
 REPORTS = [read_json(path) for path in sorted(RESULTS.glob("cpu-mstar-seed?.json"))]
 READMES = (ROOT / "README.md", RESULTS / "README.md", BEFORE / "README.md")
 MINE, OTHERS = "M-STaR", ("pi_0 (warm-up)", "SFT (direct answers)", "continuous", "+ PRM re-rank")
@@ -196,7 +196,7 @@ def test_tables_and_verdicts_are_those_of_the_committed_results(path):
 
 def test_every_table_of_the_paper_has_a_result():
     names = {path.stem for path in TABLES}
-    assert names == {"cpu-dynamics", *(f"cpu-table{number}" for number in range(1, 6))}
+    assert names == {"few-dynamics", *(f"cpu-table{number}" for number in range(1, 6))}
 
 # ---------------------------------------------------------------- what the texts point to
 
