@@ -235,8 +235,9 @@ def by_question(responses):
 
 def top_k(responses, rewards, k):
     """The paper's H = Top-K: of [(question index, text)], the k of each question with the largest
-    R_p, one of `rewards` for each. Neither the order of the input nor ties leave anything to
-    chance: equal rewards are ordered by text. Returns a sorted list."""
+    R_p, one of `rewards` for each. The order of the input changes nothing, and equal rewards are
+    ordered by text. (Responses that begin alike up to their weakest step have equal R_p, but for
+    rounding, which then decides.) Returns a sorted list."""
     reward, kept = dict(zip(responses, rewards)), []
     for question, texts in by_question(responses).items():
         best = sorted(texts, key=lambda text: (-reward[question, text], text))[:k]  # then by text
