@@ -216,13 +216,15 @@ def score(prm, prompts, responses, rows=128):
                 scores[q, tokens] = of_tokens[prm.tokenizer.step_ends(tokens)].tolist()
     return [[scores[q, tuple(tokens)] for tokens in group] for q, group in enumerate(responses)]
 
+def reward_of(steps):
+    """R_p = min over steps of f(s_i): a response is as good as its weakest step. Takes its scores.
+    Digits behind the fourth are noise of the batch: without them, responses that begin alike up to
+    their weakest step have equal R_p, whatever was scored beside them."""
+    return float(f"{min(steps):.4g}")
+
 def response_rewards(prm, prompts, responses):
-    """R_p = min over steps of f(s_i): a response is as good as its weakest step. [Q][L] of token
-    lists -> [Q][L] of floats in [0, 1]."""
-    rewards = []
-    for group in score(prm, prompts, responses):
-        rewards.append([min(steps) for steps in group])
-    return rewards
+    """R_p of each response: [Q][L] of token lists -> [Q][L] of floats in [0, 1]."""
+    return [list(map(reward_of, group)) for group in score(prm, prompts, responses)]
 
 # ---------------------------------------------------------------- selection and voting
 
@@ -236,8 +238,7 @@ def by_question(responses):
 def top_k(responses, rewards, k):
     """The paper's H = Top-K: of [(question index, text)], the k of each question with the largest
     R_p, one of `rewards` for each. The order of the input changes nothing, and equal rewards are
-    ordered by text. (Responses that begin alike up to their weakest step have equal R_p, but for
-    rounding, which then decides.) Returns a sorted list."""
+    ordered by text. Returns a sorted list."""
     reward, kept = dict(zip(responses, rewards)), []
     for question, texts in by_question(responses).items():
         best = sorted(texts, key=lambda text: (-reward[question, text], text))[:k]  # then by text
@@ -296,7 +297,7 @@ def audit(pi_0, prm, labels, labeled, questions, max_new_tokens, n=16):
     scores = score(prm, prompts, tokens_of(responses))
     numbers, true_steps, step_scores = defaultdict(list), [], []
     for question, group, sampled, of_group in zip(questions, texts, responses, scores):
-        rewards = [min(steps) for steps in of_group]               # R_p
+        rewards = list(map(reward_of, of_group))                   # R_p
         likely = [sum(response.log_probs) for response in sampled]  # of whole responses
         for name, is_correct in verify(question, group, rewards, likely).items():
             numbers[name].append(is_correct)

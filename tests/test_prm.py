@@ -13,7 +13,7 @@ from evaluate import answer_greedily, make_prompts, tokens_of
 from model import (Example, Response, Sampling, collate, fit, load_network, read_json, sample, save,
                    seed_for, write_json)
 from prm import (RewardModel, StepLabels, label_responses, label_steps, random_k, response_rewards,
-                 score, top_k, train_prm, weighted_vote)
+                 reward_of, score, top_k, train_prm, weighted_vote)
 
 TOKENIZER = Tokenizer()
 CFG = mstar.Config(prm_epochs=30, prm_lr=3e-3, batch_size=16)
@@ -149,8 +149,15 @@ def test_scores_are_of_what_stands_before_and_rewards_by_the_lowest_of_them(rewa
     first, *_, other = scores[0]                                   # they part in the second step
     assert first[0] == pytest.approx(other[0], abs=1e-5) and first[1] != other[1]
     rewards = response_rewards(reward_model, prompts[:3], responses)
-    assert rewards == [[sorted(steps)[0] for steps in group] for group in scores]
+    for group, of_group in zip(rewards, scores):
+        assert group == pytest.approx([sorted(steps)[0] for steps in of_group], rel=1e-3)
     assert score(reward_model, prompts[:2], [[], []]) == [[], []]
+
+def test_responses_whose_weakest_step_is_the_same_have_equal_rewards():
+    steps, scored_in_another_batch = [0.9, 0.3712345, 0.8], [0.9, 0.3712352, 0.7]
+    assert reward_of(steps) == reward_of(scored_in_another_batch)
+    assert reward_of([0.9, 0.3712]) > reward_of([0.3711, 0.9])     # a difference that is real
+    assert 0 < reward_of([2.345e-9, 0.5]) < reward_of([2.346e-9, 0.5])  # small ones differ, too
 
 def test_an_untrained_prm_goes_by_likelihood(policy, prompts):
     model = RewardModel(policy.config, policy.tokenizer)
