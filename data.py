@@ -585,15 +585,12 @@ def build_world(sizes, seed=0):
     for split in SPLITS:
         rng = random.Random(f"{seed}/{split}")                     # its own stream
         templates = {"size": SIZE, "compose": COMPOSE}.get(split, IN_DOMAIN)
-        by_task = {}                                               # the tasks take turns
-        for template in templates:
-            by_task.setdefault(template.task, []).append(template)
-        by_task = list(by_task.values())
         look = split if split in ("style", "layout") else "plain"
         world[split], tries = [], 0
         while len(world[split]) < sizes.get(split, 0):
             number = len(world[split])
-            template = rng.choice(by_task[number % len(by_task)])
+            task = TASKS[number % len(TASKS)]                      # the tasks take turns
+            template = rng.choice([one for one in templates if one.task == task])
             question = _make(rng, template, f"{split}/{number}", look, split == "wording")
             tries += 1
             if question.drawing not in seen:
@@ -654,8 +651,8 @@ def read_world(file, images, testbed, sizes, seed=0, skip_missing=False):
     for split, size in sizes.items():
         least = 1 if size == math.inf else size                    # inf: all that there are
         if len(splits[split]) < least and split not in (*TESTBEDS, "base"):
-            raise ValueError(f"{file}: {len(splits[split]):,} questions for the split {split}: ask "
-                             f"for fewer than {least:,} (--test, --validation, --labeled)")
+            raise ValueError(f"{file}: {len(splits[split]):,} questions for the split {split}, and "
+                             f"not {least:,}: ask for fewer (--test, --validation, --labeled)")
     return {split: some for split, some in splits.items() if some}
 
 def split_by_picture(questions, checksums, sizes, seed):
@@ -927,13 +924,16 @@ class Tokenizer:
 # ---------------------------------------------------------------- contact sheet
 
 def write_preview(path):
-    """A contact sheet as PNG: four questions of each task type and testbed, with a reasoning
-    text. OSError as of open()."""
-    world = build_world({**dict.fromkeys(TESTBEDS, 8), "test": 20})
-    rows = {task: world["test"][i::len(TASKS)] for i, task in enumerate(TASKS)}        # in turns
-    rows |= {bed: world[bed][:4] for bed in TESTBEDS}
+    """A contact sheet as PNG: a question of each template, and five of each testbed, with a
+    reasoning text. OSError as of open()."""
+    world = build_world({**dict.fromkeys(TESTBEDS, 5), "test": 200})
+    rows = {task: [] for task in TASKS}
+    for question in {question.template: question for question in world["test"]}.values():
+        rows[question.task].append(question)                       # one of each template
+    rows |= {bed: world[bed] for bed in TESTBEDS}
     width, height = 300, 220                                       # of one question
-    sheet = Image.new("RGB", (4 * width, len(rows) * height), "white")
+    longest = max(map(len, rows.values()))
+    sheet = Image.new("RGB", (longest * width, len(rows) * height), "white")
     pen = ImageDraw.Draw(sheet)
     for y, (name, questions) in enumerate(rows.items()):
         for x, question in enumerate(questions):
@@ -946,13 +946,7 @@ def write_preview(path):
             below = top + (176 if reasoning.count("\n") > 10 else 148)
             wrapped = "\n".join(textwrap.wrap(question.text, 44))
             pen.text((left, below), wrapped, fill=(0, 60, 160))
-    part = Path(f"{path}.part")                                    # whole or not at all
-    try:
-        sheet.save(part, "PNG")
-        part.replace(path)
-    except OSError:
-        part.unlink(missing_ok=True)
-        raise
+    sheet.save(path)
 
 def main(argv=None):
     """Command line of this file: --preview FILE.png, or --check FILE --images DIR."""

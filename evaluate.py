@@ -462,7 +462,8 @@ def one_line_errors(program, advice, *bad_input):
         if isinstance(error, RuntimeError) and "allocate" not in str(error):
             raise
         line, status = "out of memory", 2
-        advice = "begin again with a smaller --micro_batch (in training), --rollouts_per_question"
+        advice = ("with mstar.py, begin again with a smaller --micro_batch (in training), "
+                  "--rollouts_per_question")
     except FloatingPointError as error:                            # names the update
         line, status = str(error), 1
     except (OSError, *bad_input) as error:                         # a disk, or a file

@@ -274,10 +274,6 @@ class Policy(nn.Module):
             x = torch.cat([lead.expand(len(x), -1, -1), x], dim=1)
         return x
 
-    def precision(self):
-        """bf16 arithmetic on a GPU that has it; fp32 elsewhere, where it would not be faster."""
-        return torch.autocast("cuda", torch.bfloat16) if has_bf16(self.device) else nullcontext()
-
     def rope(self, positions):
         """cos and sin for `rotate`: positions (B, T) -> (B, 1, T, D) each."""
         D = self.config.width // self.config.heads
@@ -352,7 +348,7 @@ def join_processes():
         gpu = torch.cuda.is_available()
         if gpu:
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))   # what "cuda" means from here
-        distributed.init_process_group("nccl" if gpu else "gloo")
+        distributed.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo")
         if RANK:                                                   # the first one speaks for all
             sys.stdout = open(os.devnull, "w")
 
@@ -500,6 +496,10 @@ def has_bf16(device):
     is_cuda = torch.device(device).type == "cuda"
     return is_cuda and torch.cuda.is_bf16_supported(including_emulation=False)
 
+def precision(device):
+    """bf16 arithmetic on a GPU that has it; fp32 elsewhere, where it would not be faster."""
+    return torch.autocast("cuda", torch.bfloat16) if has_bf16(device) else nullcontext()
+
 # ---------------------------------------------------------------- training, used by every stage
 
 def seed_for(seed, *purpose):
@@ -546,13 +546,12 @@ def backward(policy, examples, micro_batch, pool):
     def gradient_of(part):                                         # not .backward(): threads would
         batch = [tensor.to(policy.device) for tensor in collate(part)]     # add to one .grad in
         share_of_batch = sum(len(example.response) for example in part) / total    # any order
-        with policy.precision():
+        with precision(policy.device):
             loss = policy.loss(*batch) * share_of_batch
         return loss.item(), torch.autograd.grad(loss, parameters)
 
     batch_loss = 0.0
-    for parameter in parameters:
-        parameter.grad = None
+    policy.zero_grad()
     for loss, gradients in pool.map(gradient_of, my_part(parts)):  # in the order of the parts
         batch_loss += loss
         for parameter, gradient in zip(parameters, gradients):
@@ -569,10 +568,9 @@ def collate(examples):
     each different pair once, with lengths (N,); owner (B,), which of them is each row's; ids
     (B, T): the last token of the prompt, then the response but for its last; targets (B, T): the
     response, so that no prompt is learned, and -1 on padding; labels (B, T) where there are any."""
-    labels = ()
+    labels = []
     if examples[0].labels:                                         # for a reward model
-        labels = [nn.utils.rnn.pad_sequence([torch.tensor(example.labels) for example in examples],
-                                            batch_first=True, padding_value=-1.0)]
+        labels = [_padded([example.labels for example in examples], -1.0, torch.float)]
     number = {}                                    # (image by identity, prompt) -> its number
     different, owner = [], []
     for example in examples:
@@ -596,8 +594,8 @@ def pixels_of(image):
     """The tensor of a Prompt's image, which is opened only now if it is in a file."""
     return torch.as_tensor(image() if callable(image) else image)
 
-def _padded(lists, value):
-    rows = [torch.tensor(ids, dtype=torch.long) for ids in lists]
+def _padded(lists, value, dtype=torch.long):
+    rows = [torch.tensor(numbers, dtype=dtype) for numbers in lists]
     return nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=value)
 
 def batches(examples, batch_size, rng, together=1):
@@ -692,7 +690,8 @@ class Prompt(NamedTuple):
 class Sampling(NamedTuple):
     """How to sample."""
     rollouts: int                 # L, responses to each prompt
-    temperature: object           # of the responses: one number, or a list of L; 0 is greedy
+    temperature: object           # of the responses: one number, or a list of L; 0 is greedy.
+                                  # (for evaluate.explore: a list of those to see L responses at)
     max_new_tokens: int           # what is longer is cut off
     seed: int
     streams: object = None        # which random numbers each of the L draws with; None: 0 .. L-1
@@ -773,7 +772,7 @@ def sample(policy, prompts, how, prefixes=None, rows=None, progress=None):
 
     def run(batch):                                # tables with one line per response
         n = {q: len(prefixes[q]) for q in batch}
-        with policy.precision():
+        with precision(policy.device):
             return _sample_batch(
                 policy, [prompts[q] for q in batch], [L * n[q] for q in batch],
                 torch.cat([temperature.repeat(n[q]) for q in batch]),                  # (R,)

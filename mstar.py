@@ -153,14 +153,15 @@ class Config:
     def due(self, iteration, times):
         """Is it this iteration that one of so many things, at equal distances, comes after? The
         last one comes at the end, and one more before the first iteration."""
-        n = self.iterations
+        n = self.iterations                                        # before the first: 0 > -1
         return iteration * times // n > (iteration - 1) * times // n
 
     @property
     def needs_prm(self):
         """Does an arm with these switches ask the PRM for anything?"""
         adapts = self.temperature == "adaptive" and self.adapt_by == "reward_pass_at_k"
-        return self.select in ("top", "threshold") or self.unlabeled == "vote" or adapts
+        asks = self.select in ("top", "threshold") or self.unlabeled == "vote" or adapts
+        return asks and self.method != "sft"                       # which has no rounds
 
 # The rows of the paper's tables, as differences of switches from the defaults above.
 METHODS = {
@@ -258,7 +259,7 @@ def self_evolve(cfg, pi_0, prm, world, run):
 
         # 4. Validate: greedy (exploitation), pass@k (exploration), Reward-Pass@k (both)
         metrics = {}
-        if cfg.due(iteration, cfg.validations):                    # it costs as much as a round
+        if cfg.due(iteration, cfg.validations) or cfg.due(iteration, cfg.watches):
             metrics = validate(cfg, policy, prm, world, temperature, iteration)
         counts = describe_round(questions, answered, num_labeled, outcomes, correct, kept)
         run.log(cfg.method, iteration, temperature, {**metrics, **counts, **trained}, sweep)
@@ -290,6 +291,7 @@ def questions_for_iteration(cfg, world, iteration):
     have joined they are half (our choice: the paper adds them on top), so that all methods ask the
     same number."""
     def part(split, first, number):
+        # each split has an order of its own; that of the labeled one has the older name
         purpose = ("questions",) if split == "labeled" else ("questions", split)
         rng = random.Random(seed_for(cfg.seed, *purpose))
         asked = world.get(split, [])[-cfg.evolve_questions:]       # 0: all
@@ -386,12 +388,12 @@ def validate(cfg, policy, prm, world, temperature, iteration):
     return metrics
 
 def choose_temperature(cfg, policy, prm, world, current):
-    """The paper's automatic balancing: (the temperature of the best Reward-Pass@k, or pass@k, over
-    the grid on the validation questions; what the sweep found)."""
+    """The paper's automatic balancing: (the temperature to go on with, by `best_temperature` of
+    Reward-Pass@k, or pass@k, over the grid on the validation questions; what the sweep found)."""
     L = cfg.rollouts_per_question              # responses, as many as a training question gets
     k = min(cfg.keep_top, L)                                       # the paper: 2
     aim = "pass_at_k" if cfg.adapt_by == "pass_at_k" else f"reward_pass_at_{k}"
-    looks = look_at(cfg, policy, prm, world["validation"], sorted({current, *GRID}), L)
+    looks = look_at(cfg, policy, prm, world["validation"], GRID, L)    # current is in it
     looks = {t: passes_of(cfg, look) for t, look in looks.items()}
     best, chosen = best_temperature({t: passes[aim] for t, passes in looks.items()}, current)
     gain = looks[best][aim] - looks[current][aim]                  # (Q,)
@@ -580,8 +582,8 @@ def run_stages(cfg, out, command, program="mstar"):
     return make_report(cfg, run, command, world, rows, mine, lines)
 
 def expected(cfg, arms, base, world):
-    """A line of text: the size of the policy, the responses and updates of self-evolving and, on a
-    CPU, the minutes that all stages will take, from a few seconds of sampling and training by the
+    """A line of text: the size of the policy, the responses and updates of all arms and, on a CPU,
+    the minutes that all stages will take, from a few seconds of sampling and training by the
     base. What takes little is left out: the warm-up's responses, training and audit of the PRM,
     and the tests; and what figures need, --watches."""
     evolving = [arm for arm in arms if arm.method != "sft"]
@@ -677,7 +679,8 @@ def parse(argv):
     parser.error = fail
     parser.add_argument("--resume", metavar="runs/NAME", help="go on with a stopped run")
     for f in fields(Config):
-        help = f"{f.metadata['help']} [{f.default}]".replace("%", "%%")
+        choices = METHODS if f.name == "method" else f.metadata["choices"] or ()
+        help = f"{f.metadata['help']} [{f.default}] {', '.join(choices)}".replace("%", "%%")
         parser.add_argument(f"--{f.name}", type=type(f.default), help=help, metavar="",
                             choices=f.metadata["choices"])
     if odd := [flag for flag in argv if flag.endswith("=--")]:     # argparse makes it a list
@@ -695,7 +698,7 @@ def parse(argv):
         fail(f"--arms {arms}: one is there twice")
     if method not in arms.split(","):
         fail(f"--arms {arms}: --method {method} must be among them")
-    for name, value in METHODS[method].items() if method != arms else ():
+    for name, value in METHODS[method].items():
         if typed.get(name, value) != value:                        # its row would bear a false name
             fail(f"--{name} {typed[name]}: {method} is made of --{name} {value}; leave the flag "
                  "out, or name other --arms")

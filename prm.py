@@ -36,7 +36,7 @@ from evaluate import (answer_greedily, as_text, auc, find_answer, gold_of, grade
                       one_line_errors, percent, run_command, sample_texts, tokens_of)
 from model import (WORKERS, DecoderBlock, Example, Optimizer, Policy, Sampling, adamw,
                    available_devices, batches, causal, collate, fit, load_network, my_part, of_all,
-                   read_json, seed_for, write_json)
+                   precision, read_json, seed_for, write_json)
 from weights.public import tokenizer_for
 
 # ---------------------------------------------------------------- step labels
@@ -120,10 +120,6 @@ class RewardModel(nn.Module):
         """Where the weights are."""
         return self.policy.device
 
-    def precision(self):
-        """As of the policy."""
-        return self.policy.precision()
-
     def forward(self, images, prompts, lengths, owner, ids, targets):
         """A batch as `collate` makes it -> (B, T) logits, of the step that ends with each token
         of the responses, `targets`."""
@@ -185,12 +181,10 @@ def train_prm(cfg, pi_0, questions, labels):
                    [[label.tokens] for label in held_out])
     scores = [s for (steps,) in scores for s in steps]             # all held-out steps
     good = [target > 0.5 for label in held_out for target in label.targets]
-    if all(good) or not any(good):
-        print("PRM       the held-out steps are all good, or all bad: no AUC")
-    print(f"PRM       {len(good):,} steps of held-out questions: AUC {percent(auc(good, scores))}; "
-          f"training loss {loss:.3f}", flush=True)
-    return prm, {"steps": len(good), "good": float(np.mean(good)), "auc": auc(good, scores),
-                 "loss": loss}
+    quality = auc(good, scores)                                    # None: all good, or all bad
+    print(f"PRM       {len(good):,} steps of held-out questions: AUC {percent(quality)}; training "
+          f"loss {loss:.3f}", flush=True)
+    return prm, {"steps": len(good), "good": float(np.mean(good)), "auc": quality, "loss": loss}
 
 def score(prm, prompts, responses, rows=128):
     """f(s_i), the scores of every step: prompts (Q), responses [Q][L] of token lists -> [Q][L] of
@@ -205,7 +199,7 @@ def score(prm, prompts, responses, rows=128):
     @torch.no_grad()
     def score_part(part):
         batch = collate([Example(*prompts[q], tokens) for q, tokens in part])
-        with prm.precision():
+        with precision(prm.device):
             logits = prm(*(tensor.to(prm.device) for tensor in batch))                 # (B, T)
         return logits.cpu().double().sigmoid()
 

@@ -126,10 +126,15 @@ def write_samples(cfg, run, select, policy, pi_0, prm, world, temperature, itera
                       "answer": question.answer, "responses": []})
         for l, text in enumerate(texts[i]):
             first = texts[i].index(text) == l                      # a repeat is not selected
+            steps, tokens, tokenizer = [], responses[i][l].tokens, policy.tokenizer
+            ends = [0, *(end + 1 for end in tokenizer.step_ends(tokens))]
+            for start, end in zip(ends, ends[1:]):                 # a step may hold several breaks
+                steps.append(tokenizer.decode(tokens[start:end]))
             shown[-1]["responses"].append({
-                "text": text, "grade": grades[i][l], "selected": first and (i, text) in selected,
+                "text": text, "steps": steps, "grade": grades[i][l],
+                "selected": first and (i, text) in selected,
                 "truncated": not responses[i][l].complete, "scores": scores and scores[i][l],
-                "labels": labels.get((i, tuple(responses[i][l].tokens))),
+                "labels": labels.get((i, tuple(tokens))),
                 "oracle": oracle(question, text) if question.facts else None,      # not known
                 "sound": sound(question, text) if question.facts else None})
     write_json(folder / f"{iteration}.json",
@@ -319,12 +324,10 @@ def html_response(r, times):
     if r["grade"] == "correct" and r["sound"] is False:            # None: not known
         outcome.append("unsound")
     steps = ""
-    lines = r["text"].split("\n")
-    number = len(r["scores"] or r["oracle"] or lines)              # an empty last line is no step
-    for i, text in enumerate(lines[:number]):
+    for i, text in enumerate(r["steps"]):
         notes = [f"{words} {r[key][i]:.2f}" for key, words in (("scores", "PRM"),
                                                                ("labels", "rollouts")) if r[key]]
-        if r["oracle"]:
+        if r["oracle"] and i < len(r["oracle"]):
             notes.append("✓ true" if r["oracle"][i] else "✗ false")
         shade = r["scores"][i] if r["scores"] else 0.5
         steps += f"<li style='--s: {shade:.2f}'>{escape(text)}<small>{' · '.join(notes)}</small>"

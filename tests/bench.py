@@ -34,7 +34,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from data import Tokenizer, build_world, write_reasoning                   # noqa: E402
 from evaluate import make_prompts, tokens_of                               # noqa: E402
 from model import (WORKERS, Example, ModelConfig, Policy, Prompt, Sampling, # noqa: E402
-                   _decode, _prefill, _sample_batch, batches, collate, draw, load_network, sample)
+                   _decode, _prefill, _sample_batch, batches, collate, draw, load_network,
+                   precision, sample)
 from mstar import GRID                                                     # noqa: E402
 
 LONGEST = 72                                                       # most tokens of a response
@@ -54,7 +55,7 @@ def sample_plainly(policy, prompts, temperature, uniforms, cached=True):
     ids = [list(prompt.ids) for prompt in prompts]                 # grow by a token per step
     # Equal images would be read once: give every response one of its own
     prompts = [Prompt(prompt.image.clone(), prompt.ids) for prompt in prompts]
-    with torch.inference_mode(), policy.precision():
+    with torch.inference_mode(), precision(policy.device):
         logits, start, prefix = _prefill(policy, prompts)          # (R, V), (R,), (R, G, P, D)
         suffix = _room_for(T, R, prefix)
         ended = torch.zeros(R, dtype=torch.bool, device=device)
@@ -209,7 +210,7 @@ def bench_parts(policy, prompts, examples, repeats):
     device, few = policy.device, prompts[:64]
     N, each = len(few), 1024 // len(few)
     rows = N * each
-    with torch.inference_mode(), policy.precision():
+    with torch.inference_mode(), precision(policy.device):
         _, start, prefix = _prefill(policy, few)
     owner = torch.arange(N, device=device).repeat_interleave(each)                     # (rows,)
     suffix = _room_for(17, rows, prefix)                           # as if 16 tokens were written
@@ -219,12 +220,12 @@ def bench_parts(policy, prompts, examples, repeats):
     parameters = list(policy.parameters())
 
     def prefill():
-        with torch.inference_mode(), policy.precision():
+        with torch.inference_mode(), precision(policy.device):
             _prefill(policy, few)
         return sum(len(prompt.ids) + policy.image_tokens for prompt in few)
 
     def decode():
-        with torch.inference_mode(), policy.precision():
+        with torch.inference_mode(), precision(policy.device):
             _decode(policy, torch.zeros_like(owner), owner, start, 16, prefix, suffix)
         return rows
 
@@ -233,7 +234,7 @@ def bench_parts(policy, prompts, examples, repeats):
         return sum(len(tokens) for group in tokens_of(groups) for tokens in group)
 
     def training():
-        with policy.precision():
+        with precision(policy.device):
             torch.autograd.grad(policy.loss(*batch), parameters)
         return sum(len(example.prompt) + len(example.response) for example in examples)
 

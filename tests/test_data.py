@@ -286,8 +286,7 @@ def test_a_preview_that_cannot_be_written_is_one_line_and_leaves_nothing(tmp_pat
                                                                          monkeypatch):
     (tmp_path / "folder.png").mkdir()
 
-    def full(image, path, *rest):
-        path.write_bytes(b"half")
+    def full(image, path):
         raise OSError(28, "No space left on device")
 
     for path, word in ((tmp_path / "folder.png", "directory"), (tmp_path / "sheet.png", "space")):

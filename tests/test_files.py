@@ -290,7 +290,7 @@ def test_what_is_missing_is_said_or_left_out(sixty):
     world = read_world(sixty / "sixty.json", sixty, "", SIZES, skip_missing=True)
     used = {question.image for split in SIZES for question in world[split]}
     assert f"{sixty}/6.png" in used and f"{sixty}/5.png" not in used
-    with pytest.raises(ValueError, match="for the split labeled: ask for fewer than 40"):
+    with pytest.raises(ValueError, match="for the split labeled, and not 40: ask for fewer"):
         read_world(sixty / "sixty.json", sixty, "", {**SIZES, "labeled": 40}, skip_missing=True)
 
 # ---------------------------------------------------------------- pictures

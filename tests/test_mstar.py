@@ -277,7 +277,7 @@ def test_every_way_to_select(how, kept, tokenizer, monkeypatch):
                         lambda prm, prompts, tokens: [[int(tokenizer.decode(t)[-1]) / 10]
                                                       for (t,) in tokens])
     correct = [(0, f"answer: {i}") for i in range(5)]
-    cfg = config("--method", "prm", "--select", how, "--threshold", "0.25")
+    cfg = config("--method", "continuous", "--select", how, "--threshold", "0.25")
     chosen = mstar.select(cfg, SimpleNamespace(tokenizer=tokenizer), [None], correct, 1)
     assert "".join(text[-1] for _, text in chosen) == kept
     by_chance = mstar.select(config("--method", "random_2"), None, [None], correct, 1)

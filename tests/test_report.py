@@ -87,8 +87,8 @@ def run_folder(tmp_path, world):
     return folder
 
 def response(text, grade, scores, labels, oracle, selected=False, truncated=False):
-    return {"text": text, "grade": grade, "scores": scores, "labels": labels, "oracle": oracle,
-            "sound": all(oracle),
+    return {"text": text, "steps": re.findall(r"[^\n]+\n*", text), "grade": grade,
+            "scores": scores, "labels": labels, "oracle": oracle, "sound": all(oracle),
             "selected": selected, "truncated": truncated}
 
 def write_samples_of(folder, iteration, responses):
@@ -206,6 +206,14 @@ def test_a_response_cut_off_behind_a_line_break_has_a_step_less_than_lines(run_f
     page = Page(write_page(run_folder).read_text())
     assert "PRM 0.25 · rollouts 1.00 · ✓ true" in page.words
     assert [item["style"] for item in page.all("li") if "style" in item][-1] == "--s: 0.25"
+
+def test_a_step_that_ends_in_an_empty_line_is_one_step(run_folder):
+    """As of public tokenizers, in which two line breaks are one token."""
+    spaced = response("red is 3\n\nanswer: 3", "correct", [0.25, 0.75], [0.5, 1.0], [])
+    write_samples_of(run_folder, 1, [spaced])
+    words = Page(write_page(run_folder).read_text()).words
+    assert "red is 3\n\nPRM 0.25 · rollouts 0.50" in words
+    assert "answer: 3PRM 0.75 · rollouts 1.00" in words
 
 def test_the_page_of_a_finished_run_begins_with_its_result(run_folder):
     finish(run_folder)
@@ -358,6 +366,7 @@ def test_samples_show_grades_selection_steps_and_the_oracle(policy, world, tmp_p
         assert [part["kind"] for part in shown["questions"][::2]] == [*TASKS, *TESTBEDS]
         for part, question, group in zip(shown["questions"], questions, texts):
             assert [r["text"] for r in part["responses"]] == group
+            assert ["".join(r["steps"]) for r in part["responses"]] == group
             grades = [r["grade"] for r in part["responses"]]
             assert grades == ["correct", "correct", "wrong", "unparseable"]
             assert [r["selected"] for r in part["responses"]] == [True, False, False, False]

@@ -41,7 +41,8 @@ class Recipe:
 FEW = dict(images=60, arithmetic=20, worked=20, worked_with_answer=20, caption_updates=4, updates=4)
 TINY = dict(layers=1, vision_width=16, vision_layers=1, kv_heads=1)
 RECIPES = {
-    "cpu": Recipe({}),                 # weights/base.safetensors; with Table 5's sizes beside it
+    "cpu": Recipe({}),                 # weights/base.safetensors
+    # Table 5's other sizes
     "cpu-small": Recipe(dict(width=64, heads=2, kv_heads=2, vision_width=32)),
     "cpu-large": Recipe(dict(width=192, heads=6, kv_heads=6, vision_width=96)),
     "test": Recipe(TINY | dict(width=32, heads=2), **FEW),
@@ -85,7 +86,6 @@ def train_base(questions, cfg, run):
             worked.append(Example(prompt.image, ids, tokenizer.response(text)))
     # then a diet of two thirds worked examples
     mixed = rng.sample(perception, min(len(perception), len(worked) // 2)) + worked
-    mixed = mixed or perception                                    # a recipe without worked ones
     # One row per picture: with up to four side by side, pi_0 was 12 points worse (one trial)
     first = batches(perception, cfg.batch_size, random.Random(seed_for(cfg.seed, "captions")))
     then = batches(mixed, cfg.batch_size, random.Random(seed_for(cfg.seed, "worked examples")))
