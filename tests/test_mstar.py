@@ -455,6 +455,7 @@ def test_what_is_run(flags, arms, method, select):
     (["--arms", "prm", "--method", "mstar"], "--arms"), (["--arms", "mstar,magic"], "magic"),
     (["--arms", "prm,prm"], "twice"),
     (["--temperature", "0.7"], "mstar is made of --temperature adaptive"),
+    (["--method", "top_4", "--keep_top", "3"], "top_4 is made of --keep_top 4"),
     (["--arms", "prm,top_1", "--keep_top", "3"], "--keep_top 3"),
     (["--keep_top", "0"], "--keep_top"), (["--prm_questions", "1"], "--prm_questions"),
     (["--select", "best"], "--select"), (["--adapt_by", "luck"], "--adapt_by"),

@@ -106,10 +106,11 @@ def test_a_finished_run_can_be_scored_and_audited_again(two_runs, capsys):
 
 
 def test_a_run_without_a_prm_ends_with_a_report_and_can_be_watched(tmp_path):
-    flags = "--method", "continuous", "--watches", "1", "--out", str(tmp_path)
+    # with a watch after each of two iterations, and a validation after the second alone
+    flags = "--method", "continuous", "--watches", "2", "--validations", "1", "--out", str(tmp_path)
     report = mstar.main([*TINY, *flags])
     assert report["prm"] is None and not (tmp_path / "prm.safetensors").exists()
-    assert ["watched" in line for line in report["iterations"]] == [True, False, True]
+    assert ["watched" in line for line in report["iterations"]] == [True, True, True]
     assert "data-outcome" in (tmp_path / "report.html").read_text()
 
 
