@@ -675,12 +675,14 @@ def fail(message):
 def parse(argv):
     """Flags to (Config, folder to resume or None). Exits 2 on wrong use."""
     parser = argparse.ArgumentParser(description="M-STaR on a small world of visual math.",
+                                     usage="%(prog)s [--FLAG VALUE ...] | --resume runs/NAME",
                                      allow_abbrev=False, argument_default=argparse.SUPPRESS)
     parser.error = fail
     parser.add_argument("--resume", metavar="runs/NAME", help="go on with a stopped run")
     for f in fields(Config):
-        choices = METHODS if f.name == "method" else f.metadata["choices"] or ()
-        help = f"{f.metadata['help']} [{f.default}] {', '.join(choices)}".replace("%", "%%")
+        choices = METHODS if f.name == "method" else f.metadata["choices"]
+        listed = f" ({', '.join(choices)})" if choices else ""
+        help = f"{f.metadata['help']}{listed} [{f.default}]".replace("%", "%%")
         parser.add_argument(f"--{f.name}", type=type(f.default), help=help, metavar="",
                             choices=f.metadata["choices"])
     if odd := [flag for flag in argv if flag.endswith("=--")]:     # argparse makes it a list
