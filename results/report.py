@@ -327,7 +327,7 @@ def html_response(r, times):
     for i, text in enumerate(r["steps"]):
         notes = [f"{words} {r[key][i]:.2f}" for key, words in (("scores", "PRM"),
                                                                ("labels", "rollouts")) if r[key]]
-        if r["oracle"] and i < len(r["oracle"]):
+        if r["oracle"]:
             notes.append("✓ true" if r["oracle"][i] else "✗ false")
         shade = r["scores"][i] if r["scores"] else 0.5
         steps += f"<li style='--s: {shade:.2f}'>{escape(text)}<small>{' · '.join(notes)}</small>"
