@@ -583,37 +583,28 @@ def run_stages(cfg, out, command, program="mstar"):
 
 def expected(cfg, arms, base, world):
     """A line of text: the size of the policy, the responses and updates of all arms and, on a CPU,
-    the minutes that all stages will take, from a few seconds of sampling and training by the
-    base. What takes little is left out: the warm-up's responses, training and audit of the PRM,
-    and the tests; and what figures need, --watches."""
-    evolving = [arm for arm in arms if arm.method != "sft"]
+    about how many minutes all takes, by a few seconds of sampling and training the base. Left out,
+    as they take little: tests, training and audit of the PRM; and --watches."""
+    asked = sum(a.iterations * a.questions_per_iteration for a in arms if a.method != "sft")
     updates = sum(arm.evolve_updates for arm in arms)
-    asked = sum(arm.iterations * arm.questions_per_iteration for arm in evolving)
     text = (f"expected  {sum(p.numel() for p in base.parameters()):,} parameters, "
             f"{asked * cfg.rollouts_per_question:,} responses, {updates:,} updates")
-    if base.device.type != "cpu":
-        return f"{text}; minutes: not known on this device"
-    if updates < 1000:                                             # a matter of seconds
-        return text
-    questions, few = world["labeled"][:128], world["labeled"][:32]
-    began = time.time()
-    looks = look_at(cfg, base, None, questions, [1.0], cfg.rollouts_per_question)
+    if base.device.type != "cpu" or updates < 1000:                # not known, or seconds
+        return f"{text} (minutes are known of longer runs on a CPU only)"
+    questions, policy, began = world["labeled"][:128], copy.deepcopy(base), time.time()
+    look = look_at(cfg, base, None, questions, [1.0], cfg.rollouts_per_question)[1.0]
     sampled = time.time()
-    look_at(cfg, base, None, few, GRID, cfg.rollouts_per_question)
-    explored = time.time()
-    policy, prompts = copy.deepcopy(base), make_prompts(base, questions)
-    examples = [Example(*prompt, group[0].tokens)
-                for prompt, group in zip(prompts, looks[1.0].responses)]
-    stream = batches(examples, cfg.batch_size, random.Random(0), together=2)
-    fit(policy, new_optimizer(cfg, policy, cfg.evolve_lr), stream, 8, cfg.micro_batch, "expected")
-    # a validation takes as long as a round's responses to its questions; step labels of a question
-    # as long as a sweep of it. Warm-up and direct SFT: at most warmup_updates each
-    asked += len(evolving) * cfg.validations * cfg.validation
+    kept = [(i, texts[0]) for i, texts in enumerate(look.texts)]
+    optimizer = new_optimizer(cfg, policy, cfg.evolve_lr)
+    sft(cfg, policy, optimizer, make_prompts(policy, questions), kept, 8, "expected")
+    trained = time.time()
+    asked += len(arms) * cfg.validations * cfg.validation
+    # step labels of a question, and a sweep of it, take about five times as long as asking it
     swept = cfg.prm_questions * any(arm.needs_prm for arm in arms)
     swept += sum(math.ceil(arm.iterations / arm.sweep_every) * cfg.validation for arm in arms
                  if arm.temperature == "adaptive")
-    seconds = (asked * (sampled - began) / len(questions) + swept * (explored - sampled) / len(few)
-               + (updates + 2 * cfg.warmup_updates) * (time.time() - explored) / 8)
+    seconds = ((asked + 5 * swept) * (sampled - began) / len(questions)
+               + (updates + 2 * cfg.warmup_updates) * (trained - sampled) / 8)
     return f"{text}, about {seconds / 60:.0f} minutes"
 
 def run_arm(cfg, base, pi_0, prm, world, run):

@@ -373,32 +373,33 @@ def test_a_round_is_described_by_what_was_done(world):
 # ---------------------------------------------------------------- flags
 
 def test_the_expected_minutes_count_everything_that_takes_long(policy, world, monkeypatch):
-    """A clock that says: a question's responses take 1 s, its sweep 10 s, an update 100 s."""
+    """A clock that says: a question's responses take 1 s (so its sweep 5 s), an update 100 s."""
     clock = [0.0]
     monkeypatch.setattr(mstar.time, "time", lambda: clock[0])
 
     def look_at(cfg, policy, prm, questions, temperatures, rollouts):
-        clock[0] += len(questions[:32]) * 10 if len(temperatures) > 1 else len(questions)
-        return {1.0: SimpleNamespace(responses=[[SimpleNamespace(tokens=[5, 3])]] * 32)}
+        clock[0] += len(questions)
+        return {1.0: SimpleNamespace(texts=[["answer: 7"]] * len(questions))}
 
-    def fit(policy, optimizer, stream, updates, micro_batch, title):
+    def sft(cfg, policy, optimizer, prompts, kept, updates, title):
+        assert len(kept) == len(prompts)
         clock[0] += 100 * updates
 
     monkeypatch.setattr(mstar, "look_at", look_at)
-    monkeypatch.setattr(mstar, "fit", fit)
+    monkeypatch.setattr(mstar, "sft", sft)
     cfg = config("--arms", "sft,prm,mstar", "--evolve_updates", "2000", "--labeled", "48",
                  "--interval", "0.25", "--epochs", "2", "--sweep_every", "3", "--validations", "4")
     arms = mstar.arms_of(cfg)
     text = mstar.expected(cfg, arms, policy, {"labeled": world["test"][:1] * 32})
-    asked = 2 * (8 * 12 + 4 * 10)          # two arms of 8 rounds of 12, and four validations
+    asked = 2 * 8 * 12 + 3 * 4 * 10        # two arms of 8 rounds of 12; four validations of each
     swept = 3 * 10 + 20                                            # validation; step labels
     updates = 3 * 2000
-    minutes = round((asked + 10 * swept + 100 * (updates + 3 + 3)) / 60)
+    minutes = round((asked + 5 * swept + 100 * (updates + 3 + 3)) / 60)
     assert f"about {minutes} minutes" in text
     assert f"{2 * 8 * 12 * 2:,} responses" in text and f"{updates:,} updates" in text
     short = mstar.expected(config("--arms", "prm"), mstar.arms_of(config("--arms", "prm")), policy,
                            {})
-    assert "minutes" not in short                                  # nothing is measured
+    assert "about" not in short                                    # nothing is measured
 
 
 @pytest.mark.parametrize("interval, epochs, times", [("0.0625", "2", 8), ("0.0625", "2.2", 8),
