@@ -1,12 +1,12 @@
 """
-results/tables.py: the paper's tables and Figures 3 to 5 as commands, with verdicts on its claims.
+results/tables.py: the main job on several seeds, the paper's tables and figures, and verdicts.
 
 A table's arms start from one base, pi_0 and PRM per seed, with equal responses and updates. A
 claim names effects that should be positive, paired by question, with 95 % intervals. It `holds` if
 all lie above -margin, `fails` if one lies below it at a level corrected for their number, and is
 else `unresolved`: often too few seeds, not that nothing is there.
 Read:     TABLES, CLAIMS -> run_table -> claims_of -> verdict -> format_table
-Run:      python -m results.tables table1|table2|table3|table4|table5|dynamics [--seeds 3] [flags]
+Run:      python -m results.tables main|table1|...|table5|dynamics [--seeds 3] [flags]
 """
 import json
 import math
@@ -119,6 +119,7 @@ def make_table(name, reports, command):
     for line in chain.from_iterable(arm["iterations"] for arm in arms):
         if name != "dynamics":                                     # no figure needs the questions
             line.pop("by_question", None)
+        if name not in ("dynamics", "main"):
             line.pop("sweep", None)
     about = {key: reports[0][key] for key in ("device", "versions", "config")}
     return {"table": name, "command": command, **about, "claims": claims, "arms": arms,
@@ -142,7 +143,7 @@ def claims_of(name, arms, reports):
     for claim in CLAIMS.get(name, []):
         effects = {f"{called[a]} over {called[b]}": [gain(a, b)] for a, b in claim["pairs"]}
         claims.append((claim["claim"], claim["words"], effects, claim["margin"], luck))
-    if name in ("table4", "table5"):
+    if name in ("main", "table4", "table5"):
         size = "large" if name == "table5" else "medium"
         tasks = np.array(reports[0]["tasks"].split())              # of each test question
         row = arms[0]["row"]
@@ -159,7 +160,7 @@ def claims_of(name, arms, reports):
                     for bed in beds]
             effects[f"gain of {size} over gain of small"] = more
         claims.append(("C10", "the smallest policy gains least out of domain", effects, 0.0, None))
-    if name == "table2":                                           # and Figure 2, from the audits
+    if name in ("main", "table2"):                                 # and Figure 2, from the audits
         claims += figure_2_claims([report["audit"] for report in reports])
     if name == "dynamics":
         fixed = [arm["iterations"] for arm in arms if arm["arm"] == "prm_watched"]
@@ -269,7 +270,8 @@ def residuals(table):
     return table - table.mean(axis=1, keepdims=True) - table.mean(axis=0) + table.mean()
 
 def pooled_luck(rows):
-    """`luck_of_runs` of {(size, arm): its rows, one per run}, of arms that share no rounds."""
+    """`luck_of_runs` of {(size, arm): its rows, one per run}, of arms that share no rounds. None with
+    five runs or more: then each pair of arms tells its own."""
     evolved = [key for key in rows if key[1] not in ("base", "pi_0", "sft")]
     for group in SAME_ROUNDS:
         for size in SIZES:                                         # keep the first that is there
@@ -278,7 +280,7 @@ def pooled_luck(rows):
     accuracies = []                                                # (arms, runs)
     for key in evolved:
         accuracies.append([row["id"]["all"] for row in rows[key]])
-    return luck_of_runs(accuracies) if len(evolved) > 1 else None
+    return luck_of_runs(accuracies) if len(evolved) > 1 and len(accuracies[0]) < 5 else None
 
 def luck_of_runs(accuracies):
     """(standard error, degrees of freedom) that a difference of two arms has because every run is
@@ -316,7 +318,8 @@ def format_table(result):
     name, groups, seeds = result["table"], defaultdict(list), len(result["seeds"])
     for arm in result["arms"]:
         groups[arm["size"], arm["arm"]].append(arm)
-    shown = {"table4": ("ID", *TASKS, "OOD"), "table5": (*TESTBEDS, "OOD")}.get(name, ("ID", "OOD"))
+    shown = {"main": ("ID", *TASKS, *TESTBEDS, "OOD"), "table4": ("ID", *TASKS, "OOD"),
+             "table5": (*TESTBEDS, "OOD")}.get(name, ("ID", "OOD"))
     columns = [column for column in columns_of(result["arms"][0]["row"]) if column in shown]
     has_unsound = all(arm["row"].get("unsound") is not None for arm in result["arms"])
     theirs = ["average"] if name == "table5" else ["ID", "OOD", *TASKS]
@@ -354,8 +357,7 @@ def format_table(result):
         rows.append([f"{claim['claim']}: {claim['words']}",
                      claim["verdict"] + ", on one seed" * one_seed,
                      f"{effects} (questions: {' to '.join(map(str, claim['questions']))})"])
-    over = "questions and seeds" if seeds > 1 else "questions"
-    head = f"effects in points, with 95 % intervals over {over}"
+    head = f"effects in points, with 95 % intervals over questions{' and seeds' * (seeds > 1)}"
     lines += markdown(["claim", "verdict", head], rows)
     return "\n".join(lines[:-1])
 
