@@ -306,16 +306,16 @@ def html_samples(rounds, folder):
                         f"{image}'><p class='soft'>{kind}, {escape(shown['id'])}</p></div><div><p>"
                         f"<b>{text}</b><br>gold answer: {answer}</p>{''.join(folds)}</div>"
                         "</article>")
-    kinds = dict.fromkeys(escape(shown["kind"]) for shown in rounds[0]["questions"])
-    filters = {"kind": kinds, "iteration": [part["iteration"] for part in rounds],
+    filters = {"kind": dict.fromkeys(escape(one["kind"]) for one in rounds[0]["questions"]),
+               "iteration": [part["iteration"] for part in rounds],
                "outcome": ("correct", "selected", "unsound", "wrong", "unparseable", "truncated")}
     bar = ""
     for name, options in filters.items():
         items = "".join(f"<option>{option}" for option in ("any", *options))
         bar += f"<label>{name} <select id='{name}'>{items}</select></label>"
-    return ("<p class='soft'>Questions of the validation split by task, and of each testbed. A "
-            "step's colour is the PRM's score, from orange (0) to blue (1); rollouts: the share of "
-            "pi_0's completions from there that end correct; ✓ ✗: the oracle. Framed: selected."
+    return ("<p class='soft'>A step's colour is the PRM's score, 0 orange to 1 blue; the smallest "
+            "is R_p. rollouts: share of pi_0's completions from there that are correct. ✓ ✗: the "
+            "oracle (✗ also if a number comes from nowhere). Framed: selected."
             f"</p><div class='filter' hidden>{bar}</div>{''.join(articles)}")
 
 def html_response(r, times):
