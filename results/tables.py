@@ -270,7 +270,7 @@ def residuals(table):
     return table - table.mean(axis=1, keepdims=True) - table.mean(axis=0) + table.mean()
 
 def pooled_luck(rows):
-    """`luck_of_runs` of {(size, arm): its rows, one per run}, of arms that share no rounds. None with
+    """`luck_of_runs` of {(size, arm): rows, one per run}, of arms that share no rounds. None with
     five runs or more: then each pair of arms tells its own."""
     evolved = [key for key in rows if key[1] not in ("base", "pi_0", "sft")]
     for group in SAME_ROUNDS:
