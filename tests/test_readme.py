@@ -181,6 +181,21 @@ def test_gains_over_continuous_in_its_best_rounds_are_those_that_were_measured()
             assert shown in READMES[1].read_text()
             assert name == MINE or splits == TESTBEDS or shown in READMES[0].read_text()
 
+def test_what_seeds_can_find_is_what_was_measured():
+    power = read_json(RESULTS / "cpu-power.json")
+    text = READMES[1].read_text()
+    shown = first_table(text[text.index("| luck of a run, points |"):])
+    for points_of_luck, cells in shown.items():
+        expected = []
+        for runs in (3, 5, 8):
+            tables_of = power["power"] + power["false"] if runs == 3 else power["own_luck"]
+            for gain, called in ((0.025, ("holds",)), (0, ("holds", "fails"))):
+                (some,) = [one for one in tables_of if one["runs"] == runs and one["gain"] == gain
+                           and one["luck_of_a_run"] == int(points_of_luck) / 100]
+                number = sum(some.get(name, 0) for name in called)
+                expected.append(f"{100 * number / some['tables']:.0f}")
+        assert cells == expected
+
 def test_what_the_base_sees_is_what_was_measured():
     (row,) = read_json(RESULTS / "cpu-base.json")["rows"]
     seen = {split: [f"{100 * share:.1f}"] for split, share in row["readings"].items()}
