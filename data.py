@@ -22,7 +22,6 @@ import operator
 import os
 import random
 import re
-import signal
 import sys
 import textwrap
 import warnings
@@ -35,11 +34,6 @@ from decimal import Decimal
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import NamedTuple
-
-if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)                   # Ctrl-C, and a reader that has
-    if hasattr(signal, "SIGPIPE"):                                 # gone, end it silently
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont

@@ -16,7 +16,6 @@ import argparse
 import math
 import os
 import re
-import signal
 import sys
 from collections import Counter
 from contextlib import contextmanager, suppress
@@ -24,9 +23,6 @@ from fractions import Fraction
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
-
-if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)                   # Ctrl-C during the imports
 
 import numpy as np
 import torch
@@ -436,7 +432,6 @@ def format_table(rows):
 
 def run_command(main):
     """Run a command's main. Ctrl-C, and a reader that has gone (`| head -0`), end it silently."""
-    signal.signal(signal.SIGINT, signal.default_int_handler)       # it was off during the imports
     join_processes()                                               # if torchrun started several
     try:
         main()

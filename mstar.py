@@ -23,7 +23,6 @@ import math
 import random
 import re
 import shutil
-import signal
 import sys
 import time
 import zlib
@@ -31,9 +30,6 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from itertools import chain, count, islice
 from pathlib import Path
-
-if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)                   # Ctrl-C during the imports
 
 import numpy as np
 import torch

@@ -15,16 +15,12 @@ A step is one line of a response; it ends with its line break, the last one with
 import argparse
 import math
 import random
-import signal
 import time
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
-
-if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)                   # Ctrl-C during the imports
 
 import numpy as np
 import torch

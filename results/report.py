@@ -10,15 +10,11 @@ import io
 import json
 import math
 import platform
-import signal
 import sys
 from collections import Counter
 from dataclasses import asdict
 from html import escape
 from pathlib import Path
-
-if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)                   # Ctrl-C during the imports
 
 import numpy as np
 import torch

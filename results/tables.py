@@ -10,16 +10,12 @@ Run:      python -m results.tables main|table1|...|table5|dynamics [--seeds 3] [
 """
 import json
 import math
-import signal
 import sys
 from collections import defaultdict
 from dataclasses import replace
 from itertools import chain
 from operator import itemgetter
 from pathlib import Path
-
-if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)                   # Ctrl-C during the imports
 
 import numpy as np
 

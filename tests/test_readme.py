@@ -1,26 +1,24 @@
 """README.md and those of results/ show what the runs in results/ measured, and nothing else; what
 they point to is there."""
 import re
-from itertools import chain
 from pathlib import Path
 from statistics import mean
 
 import numpy as np
 import pytest
 
-import mstar
+import evaluate
 from data import TESTBEDS, build_world
-from evaluate import columns_of, correct_in
+from evaluate import correct_in
 from model import read_json
-from results import tables
-from results.tables import claims_of, figure_2_claims, format_table, run_intervals, verdict
+from results.tables import format_table, run_intervals
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "results"
 BEFORE = RESULTS / "before"
 RUNS = sorted((*RESULTS.glob("*-*.json"), *BEFORE.glob("*-*.json")))
-TABLES = [path for path in RUNS if re.fullmatch(r"cpu-table\d|few-dynamics", path.stem)]
-REPORTS = [read_json(path) for path in sorted(RESULTS.glob("cpu-mstar-seed?.json"))]
+TABLES = [path for path in RUNS if re.fullmatch(r"cpu-(table\d|main)|few-dynamics", path.stem)]
+MAIN = read_json(RESULTS / "cpu-main.json")
 READMES = (ROOT / "README.md", RESULTS / "README.md", BEFORE / "README.md")
 MINE, OTHERS = "M-STaR", ("pi_0 (warm-up)", "SFT (direct answers)", "continuous", "+ PRM re-rank")
 
@@ -40,29 +38,30 @@ def first_table(text):
 def test_a_result_is_whole(path):
     assert read_json(path)                                         # its checksum, too
 
-def test_the_result_table_is_the_mean_of_the_committed_runs():
-    assert [report["seed"] for report in REPORTS] == list(range(len(REPORTS))) and REPORTS
-    expected, detailed = {}, []
-    for i, row in enumerate(REPORTS[0]["rows"]):
-        same = [report["rows"][i] for report in REPORTS]
-        assert {other["name"] for other in same} == {row["name"]}
-        in_domain = mean(other["id"]["all"] for other in same)
-        out = mean(other["ood"]["all"] for other in same)
-        expected[row["name"]] = [f"{100 * in_domain:.1f}", f"{100 * out:.1f}"]
-        columns = [f"{100 * mean(columns_of(other)[column] for other in same):.1f}"
-                   for column in columns_of(row)]
-        unsound = f"{100 * mean(other['unsound'] for other in same):.1f}"
-        readings = [other["readings"]["test"] for other in same]   # direct SFT writes none
-        true = "-" if None in readings else f"{100 * mean(readings):.1f}"
-        detailed.append(f"| {' | '.join([row['name'], *columns, unsound, true])} |")
-    assert set(expected) == {"base", MINE, *OTHERS}
-    assert first_table(READMES[0].read_text()) == expected
-    assert not set(detailed) - set(READMES[1].read_text().splitlines())
+def rows_of(name):
+    """Rows of the main job's result table, one per seed."""
+    return [arm["row"] for arm in MAIN["arms"] if arm["row"]["name"] == name]
 
 def graded(name, split):
-    """(runs, questions) 1.0 where a row of the committed runs is correct."""
-    rows = [next(row for row in report["rows"] if row["name"] == name) for report in REPORTS]
-    return np.array([correct_in(row["graded"][split]) for row in rows])
+    """(runs, questions) 1.0 where a row of the main job is correct."""
+    return np.array([correct_in(row["graded"][split]) for row in rows_of(name)])
+
+def test_the_result_table_is_the_mean_of_the_committed_runs():
+    assert MAIN["seeds"] == list(range(len(MAIN["seeds"])))
+    expected = {}
+    for name in ("base", *OTHERS, MINE):
+        rows = rows_of(name)
+        assert len(rows) == len(MAIN["seeds"])
+        expected[name] = [f"{100 * mean(row[where]['all'] for row in rows):.1f}"
+                          for where in ("id", "ood")]
+    assert first_table(READMES[0].read_text()) == expected
+
+def test_the_last_lines_of_the_main_job_are_those_of_the_committed_run():
+    gains = read_json(RESULTS / "cpu-mstar-seed0.json")["gain_over"]
+    text = READMES[0].read_text()
+    for name in ("continuous", "+ PRM re-rank", "pi_0 (warm-up)"):
+        gain = evaluate.points(gains[name]["id"])
+        assert f"M-STaR over {name}, in domain: {gain}\n" in text
 
 def test_gains_are_those_of_the_committed_runs_over_questions_and_seeds():
     text = READMES[0].read_text()
@@ -110,28 +109,6 @@ def test_accuracies_by_seed_are_those_of_the_committed_runs():
     for name, cells in shown.items():
         assert cells == [f"{100 * values.mean():.1f}" for values in graded(name, "test")]
 
-def test_verdicts_are_those_of_the_committed_runs(monkeypatch):
-    arms = []
-    for report in REPORTS:
-        for arm in ("pi_0", *mstar.COMPARED.split(",")):
-            name = mstar.ROW_NAMES.get(arm, arm)
-            row = next(row for row in report["rows"] if row["name"] == name)
-            words = tables.TABLES["table4"][arm]["words"]
-            arms.append({"arm": arm, "size": "medium", "words": words, "row": row})
-    known = {arm["arm"] for arm in arms}
-    of_them = [claim for claim in tables.CLAIMS["table4"] if known >= {*chain(*claim["pairs"])}]
-    monkeypatch.setitem(tables.CLAIMS, "table4", of_them)
-    claims = claims_of("table4", arms, REPORTS)
-    claims += figure_2_claims([report["audit"] for report in REPORTS])
-    lines = READMES[1].read_text().splitlines()
-    for number, words, effects, margin, _ in claims:
-        said, numbers = verdict(list(effects.values()), margin)
-        steps = number == "C6"
-        form = "{:+.3f} [{:+.3f}, {:+.3f}] steps" if steps else "{:+.1f} [{:+.1f}, {:+.1f}]"
-        shown = "; ".join(f"{name} {form.format(*(np.array(effect) * (1 if steps else 100)))}"
-                          for name, effect in zip(effects, numbers))
-        assert f"| {number}: {words} | {said} | {shown} |" in lines
-
 def test_what_is_trained_on_is_what_the_runs_of_table_2_say():
     arms, shown = {}, []
     for arm in read_json(RESULTS / "cpu-table2.json")["arms"]:
@@ -153,8 +130,7 @@ def test_what_chooses_is_what_was_measured():
             for name, runs in read_json(RESULTS / "cpu-controls.json")["arms"].items()}
     arms["random"] = [arm["row"] for arm in read_json(RESULTS / "cpu-table2.json")["arms"]
                       if arm["arm"] == "random_2"]
-    arms["R_p"] = [next(row for row in report["rows"] if row["name"] == "+ PRM re-rank")
-                   for report in REPORTS[:3]]
+    arms["R_p"] = rows_of("+ PRM re-rank")[:3]
     seen = read_json(RESULTS / "cpu-trials.json")["form_of_R_p"]["greedy"]
     text = READMES[1].read_text()
     shown = first_table(text[text.index("### What of R_p chooses?"):])
@@ -175,8 +151,10 @@ def test_gains_over_continuous_in_its_best_rounds_are_those_that_were_measured()
     rows += read_json(RESULTS / "cpu-controls.json")["continuous_12.5, seeds 3 and 4"]
     for name in ("+ PRM re-rank", MINE):
         for splits in (["test"], TESTBEDS):
-            groups = [graded(name, split) - [correct_in(row["graded"][split]) for row in rows]
-                      for split in splits]
+            groups = []
+            for split in splits:
+                other = np.array([correct_in(row["graded"][split]) for row in rows])
+                groups.append(graded(name, split)[:len(rows)] - other)
             shown = points((np.mean(groups), *run_intervals(groups)))
             assert shown in READMES[1].read_text()
             assert name == MINE or splits == TESTBEDS or shown in READMES[0].read_text()
@@ -211,7 +189,7 @@ def test_tables_and_verdicts_are_those_of_the_committed_results(path):
 
 def test_every_table_of_the_paper_has_a_result():
     names = {path.stem for path in TABLES}
-    assert names == {"few-dynamics", *(f"cpu-table{number}" for number in range(1, 6))}
+    assert names == {"few-dynamics", "cpu-main", *(f"cpu-table{number}" for number in range(1, 6))}
 
 # ---------------------------------------------------------------- what the texts point to
 
