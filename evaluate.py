@@ -49,7 +49,8 @@ def evaluate_policy(name, policy, world, max_new_tokens, direct=False):
     written readings that are true}, which is how well it sees. official: {ood, ci95} by the rules
     of MathVista. graded: {split: a letter per question (c correct, w wrong, u unparseable)}, for
     paired comparisons. What is not known of questions from files is None."""
-    graded, readings, unsound, official, beds = {}, {}, None, {}, testbeds_of(world)
+    beds, unsound = testbeds_of(world), None
+    graded, readings, official = {}, {}, {}                        # of each split
     for split in ("test", *beds):
         questions = world[split]
         texts, grades = answer_greedily(policy, questions, max_new_tokens, f"{name}: {split}",
@@ -89,11 +90,11 @@ def true_readings(questions, texts):
     return sum(verdicts) / len(verdicts) if verdicts else None
 
 def share_unsound(questions, responses):
-    """Share of [(question index, text)] that the oracle does not call sound; 0 of none. None where
-    there is no oracle: of questions from files."""
-    if not questions[0].facts:
+    """Share of [(question index, text)] that the oracle does not call sound. None of none, and
+    where there is no oracle: of questions from files."""
+    if not responses or not questions[0].facts:
         return None
-    return sum(not sound(questions[i], text) for i, text in responses) / max(1, len(responses))
+    return sum(not sound(questions[i], text) for i, text in responses) / len(responses)
 
 def correct_in(letters):
     """(questions,) 1.0 where the answer is correct, from the letters of a row's `graded`."""
@@ -273,22 +274,25 @@ class Look(NamedTuple):
     is_correct: np.ndarray     # (Q, n)
     rewards: np.ndarray        # (Q, n) R_p, or None
 
-def explore(policy, questions, how, reward=None):
-    """Sample how.rollouts (n) responses to each question at each of the temperatures of the list
-    how.temperature, at 0 a greedy one, with the same random numbers at every temperature:
-    {temperature: Look}. reward(prompts, [question][n] of tokens) gives [question][n] of R_p."""
-    prompts, at, streams = make_prompts(policy, questions), [], []
-    for temperature in how.temperature:
-        own = range(1, how.rollouts + 1) if temperature else [0]   # random streams
-        at += [temperature] * len(own)
-        streams += own
-    all_of_them = how._replace(rollouts=len(at), temperature=at, streams=streams)
-    all_texts, all_responses = sample_texts(policy, prompts, all_of_them, "validation")
-    rewards, looks = None, {}
+def explore(policy, questions, temperatures, how, reward=None):
+    """Sample how.rollouts (n) responses to each question at each of the temperatures, at 0 a greedy
+    one, with the same random numbers at every temperature: {temperature: Look}.
+    reward(prompts, [question][n] of tokens) gives [question][n] of R_p."""
+    temperature_of, streams = [], []               # of each of the responses to a question
+    for temperature in temperatures:
+        numbers = range(1, how.rollouts + 1) if temperature else [0]
+        temperature_of += [temperature] * len(numbers)
+        streams += numbers                                         # of random numbers
+    how = how._replace(rollouts=len(streams), temperature=temperature_of, streams=streams)
+    prompts = make_prompts(policy, questions)
+    all_texts, all_responses = sample_texts(policy, prompts, how, "validation")
+    rewards = None
     if reward:                                     # at once: temperatures share many responses
         rewards = np.array(reward(prompts, tokens_of(all_responses)))                  # (Q, all)
-    for temperature in how.temperature:
-        own = slice(at.index(temperature), at.index(temperature) + at.count(temperature))
+    looks = {}
+    for temperature in temperatures:
+        first = temperature_of.index(temperature)
+        own = slice(first, first + temperature_of.count(temperature))
         texts = [group[own] for group in all_texts]
         responses = [group[own] for group in all_responses]
         grades = []
@@ -323,7 +327,8 @@ def best_temperature(values, current):
     best = min(largest, key=lambda t: (abs(t - current), t))       # the nearest
     gain = values[best] - values[current]                          # (Q,)
     standard_error = gain.std(ddof=1) / math.sqrt(len(gain)) if len(gain) > 1 else 0.0
-    return best, current if mean[best] - mean[current] <= standard_error else best
+    is_clear = mean[best] - mean[current] > standard_error
+    return best, best if is_clear else current
 
 def means(by_question):
     """{metric: values of each question} -> {metric: mean}."""
@@ -368,15 +373,16 @@ def interval(*groups, draws=2000):
     luck of a run is in results/tables.py, which sees several."""
     rng, means = np.random.default_rng(0), []
     for values in groups:
-        picked = rng.integers(len(values), size=(draws, len(values)))  # with replacement
-        means.append(np.asarray(values, float)[picked].mean(axis=1))  # (draws,)
+        values, n = np.asarray(values, float), len(values)
+        means.append([values[rng.integers(n, size=n)].mean() for _ in range(draws)])
     means = np.average(means, axis=0, weights=[len(values) for values in groups])      # (draws,)
     return np.percentile(means, [2.5, 97.5]).tolist()
 
 def paired_gain(row, other):
     """How much a row of the result table beats another on the same questions: {id: [gain, low,
     high], ood: [gain, low, high]}, in shares of 1."""
-    gains, beds = {}, [split for split in row["graded"] if split != "test"]
+    beds = [split for split in row["graded"] if split != "test"]
+    gains = {}
     for key, splits in (("id", ["test"]), ("ood", beds)):
         groups = [correct_in(row["graded"][split]) - correct_in(other["graded"][split])
                   for split in splits]

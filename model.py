@@ -537,8 +537,9 @@ def fit(policy, optimizer, stream, updates, micro_batch, title):
 
 def backward(policy, examples, micro_batch, pool):
     """Put the gradient of a batch's mean loss into .grad; returns the loss. `micro_batch` rows go
-    through at once, one part after another or on the threads of a CPU. Each part counts by its
-    share of the tokens, so the sum is the whole batch's."""
+    through at once, one part after another or on the threads of a CPU (fewer, so that each process
+    has a part). Each part counts by its share of the tokens: the sum is the whole batch's."""
+    micro_batch = min(micro_batch, math.ceil(len(examples) / PROCESSES))
     parameters = [p for p in policy.parameters() if p.requires_grad]
     total = sum(len(example.response) for example in examples)
     parts = [examples[i:i + micro_batch] for i in range(0, len(examples), micro_batch)]
@@ -690,8 +691,7 @@ class Prompt(NamedTuple):
 class Sampling(NamedTuple):
     """How to sample."""
     rollouts: int                 # L, responses to each prompt
-    temperature: object           # of the responses: one number, or a list of L; 0 is greedy.
-                                  # (for evaluate.explore: a list of those to see L responses at)
+    temperature: object           # of the responses: one number, or a list of L; 0 is greedy
     max_new_tokens: int           # what is longer is cut off
     seed: int
     streams: object = None        # which random numbers each of the L draws with; None: 0 .. L-1

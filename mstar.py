@@ -11,8 +11,8 @@ Read:     Config, METHODS -> self_evolve (the paper's algorithm) -> what it call
 Departs:  the base is our own, of 0.8 M parameters (weights/base.py), the paper's a pretrained LMM;
           learning rates are larger (there 1e-6, for 8B), rounds smaller (6.25 % of the questions,
           there 25 %, chosen on validation); training is counted in updates. Smaller
-          departures are named where they are made: best_temperature, pass_metrics,
-          questions_for_iteration.
+          departures are named where they are made, as "our choice": see best_temperature,
+          pass_metrics, questions_for_iteration, prm.RewardModel.
 Run:      python mstar.py [--preset NAME] [--method mstar] [--seed N] [--out runs/NAME] ...
           python mstar.py --resume runs/NAME
 """
@@ -57,8 +57,7 @@ def setting(default, help, least=1, most=2**31, choices=None):
 class Config:
     """Every value that a run depends on. Each field is a flag; typed ones replace the preset's."""
     out: str = setting("", "folder of the run; empty: runs/PRESET-METHOD-seedN, a number if taken")
-    preset: str = setting("cpu", "sizes; gpu where CUDA is found",
-                          choices=("cpu", "few", "gpu", "test", "smolvlm", "smolvlm-80gb"))
+    preset: str = setting("cpu", "sizes; gpu where CUDA is found")
     method: str = setting("mstar", "the method to run; by default it is compared to others")
     arms: str = setting("", "several methods, comma-separated, from one pi_0 and one PRM; what is "
                         "typed is for all of them, but for what makes a method what it is")
@@ -115,7 +114,8 @@ class Config:
     sweep_every: int = setting(2, "iterations from one sweep of T to the next, as in the paper")
     watches: int = setting(0, "how many validations, at equal distances, measure all temperatures",
                            0)
-    epochs: float = setting(2.0, "how often each question is asked in all", 1e-9)
+    epochs: float = setting(2.0, "how often each question is asked, rounded to whole iterations",
+                            1e-9)
     rollouts_per_question: int = setting(8, "L; the paper: 16", most=1000)
     evolve_updates: int = setting(1600, "updates of all iterations, equal for every method")
     evolve_lr: float = setting(3e-4, "learning rate, constant as in the paper", 1e-9)
@@ -148,9 +148,10 @@ class Config:
 
     def due(self, iteration, times):
         """Is it this iteration that one of so many things, at equal distances, comes after? The
-        last one comes at the end, and one more before the first iteration."""
-        n = self.iterations                                        # before the first: 0 > -1
-        return iteration * times // n > (iteration - 1) * times // n
+        last one comes at the end, and one more (if there are any) at iteration 0."""
+        done = iteration * times // self.iterations                # of iteration 0: 0
+        before = (iteration - 1) * times // self.iterations        # of iteration 0: below 0
+        return done > before
 
     @property
     def needs_prm(self):
@@ -170,7 +171,8 @@ METHODS = {
     "continuous_50": {"interval": 0.5},
     "continuous_25": {"interval": 0.25},                           # the paper's choice
     "continuous_12.5": {"interval": 0.125},
-    "continuous": {},                                              # 6.25 %
+    "continuous_6.25": {"interval": 0.0625},
+    "continuous": {},                                              # the preset's: 6.25 % in cpu
     # Table 2: which correct responses are trained on
     "random_2": {"select": "random"},
     "threshold": {"select": "threshold"},
@@ -294,7 +296,8 @@ def questions_for_iteration(cfg, world, iteration):
         orders = (rng.sample(asked, len(asked)) for _ in count())
         return list(islice(chain.from_iterable(orders), first, first + number))
 
-    n, joined = cfg.questions_per_iteration, 0
+    n = cfg.questions_per_iteration
+    joined = 0
     if cfg.unlabeled != "none":                # iterations with unlabeled ones, this one included
         joined = max(0, iteration - round(cfg.mix_in * cfg.iterations))
     # n = 4, joined at the second: labeled 0-3; 4-5 and unlabeled 0-1; 6-7 and unlabeled 2-3; ...
@@ -327,27 +330,26 @@ def improve(cfg, policy, optimizer, prompts, kept, iteration):
     title = f"{cfg.method} {iteration}: SFT"
     return sft(cfg, policy, optimizer, prompts, kept, after - before, title, iteration)
 
-def sft(cfg, policy, optimizer, prompts, kept, updates, title, seed=0, fit=fit):
+def sft(cfg, policy, optimizer, prompts, kept, updates, title, iteration=0, train=fit):
     """Updates on [(question index, text)] behind their answer-free prompts: {updates, loss}."""
     if not kept:
         print(f"{title}: nothing to train on, going on without an update")
         return {"updates": 0, "loss": None}
     examples = [Example(*prompts[i], policy.tokenizer.response(text)) for i, text in kept]
-    rng = random.Random(seed_for(cfg.seed, "SFT", seed))
+    rng = random.Random(seed_for(cfg.seed, "SFT", iteration))
     # two of one image side by side, where two are kept: so a batch of 32 has 16 images, but 32
     # with Top-1
     stream = batches(examples, cfg.batch_size, rng, together=2)
-    loss = fit(policy, optimizer, stream, updates, cfg.micro_batch, title)
+    loss = train(policy, optimizer, stream, updates, cfg.micro_batch, title)
     return {"updates": updates, "loss": loss}
 
 # ---------------------------------------------------------------- 4. validate, and balance
 
 def look_at(cfg, policy, prm, questions, temperatures, rollouts):
     """`explore` with the settings of a run: the same random numbers at every iteration."""
-    how = Sampling(rollouts, temperatures, cfg.max_new_tokens,
-                   seed_for(cfg.seed, "monitor"))
+    how = Sampling(rollouts, None, cfg.max_new_tokens, seed_for(cfg.seed, "monitor"))
     reward = partial(response_rewards, prm) if prm else None
-    return explore(policy, questions, how, reward)
+    return explore(policy, questions, temperatures, how, reward)
 
 def passes_of(cfg, look):
     """`pass_metrics` of a Look, with L and keep_top of training."""
@@ -427,15 +429,15 @@ def direct_sft(cfg, base, world, run):
     questions = world["labeled"][-cfg.evolve_questions:]
     answers = [(i, f"answer: {question.answer}") for i, question in enumerate(questions)]
     prompts = make_prompts(policy, questions, direct=True)         # the answer alone
-    trained = sft(cfg, policy, optimizer, prompts, answers, updates, "sft", fit=run.fit)
+    trained = sft(cfg, policy, optimizer, prompts, answers, updates, "sft", train=run.fit)
     return policy, trained["updates"]
 
 # ---------------------------------------------------------------- a run and its folder
 
 class Run:
     """The folder of a run. Every stage leaves a file, every round a state: what is there and whole
-    is not made again. So a stop costs at most the round in work, and a resumed run ends as if it
-    had not been stopped: each piece has its own seeds."""
+    is not made again. So a stop costs at most the stage or round in work, and a resumed run ends as
+    if it had not been stopped (but for `seconds`): each piece has its own seeds."""
 
     def __init__(self, out, main_method, tokenizer, device):
         self.out, self.main_method = out, main_method
@@ -549,7 +551,8 @@ def run_stages(cfg, out, command, program="mstar"):
         base = run.network("checkpoint/base", Policy, train_base, world["base"], cfg, run)
     else:
         base = load_policy(cfg.policy, tokenizer, run.device)
-    longest, prm = cfg.max_new_tokens, None                        # the longest response
+    prm = None                                                     # until an arm needs it
+    longest = cfg.max_new_tokens
     rows = [run.result("checkpoint/test of base", evaluate_policy, "base", base, world, longest)]
     lines = []                                                     # of metrics.jsonl
     if cfg.method == "base":
@@ -579,8 +582,8 @@ def run_stages(cfg, out, command, program="mstar"):
 
 def expected(cfg, arms, base, world):
     """A line of text: the size of the policy, the responses and updates of all arms and, on a CPU,
-    about how many minutes all takes, by a few seconds of sampling and training the base. Left out,
-    as they take little: tests, training and audit of the PRM; and --watches."""
+    about how many minutes all takes, by a few seconds of sampling and training the base. Left out:
+    tests, training and audit of the PRM, which take little; --watches, which can double it."""
     asked = sum(a.iterations * a.questions_per_iteration for a in arms if a.method != "sft")
     updates = sum(arm.evolve_updates for arm in arms)
     text = (f"expected  {sum(p.numel() for p in base.parameters()):,} parameters, "
@@ -621,7 +624,8 @@ def run_arm(cfg, base, pi_0, prm, world, run):
 def arms_of(cfg):
     """The Configs of the arms to run: cfg without the switches of its own method, with theirs. So
     a switch that was typed is for all arms but those that set it themselves."""
-    preset, arms = PRESETS[cfg.preset], []
+    preset = PRESETS[cfg.preset]
+    arms = []
     plain = {name: preset.get(name, getattr(Config, name)) for name in METHODS[cfg.method]}
     for method in cfg.arms.split(","):
         arms.append(replace(cfg, method=method, **{**plain, **METHODS[method]}))
@@ -667,11 +671,11 @@ def parse(argv):
     parser.error = fail
     parser.add_argument("--resume", metavar="runs/NAME", help="go on with a stopped run")
     for f in fields(Config):
-        choices = METHODS if f.name == "method" else f.metadata["choices"]
+        choices = {"method": METHODS, "preset": PRESETS}.get(f.name, f.metadata["choices"])
         listed = f" ({', '.join(choices)})" if choices else ""
         help = f"{f.metadata['help']}{listed} [{f.default}]".replace("%", "%%")
         parser.add_argument(f"--{f.name}", type=type(f.default), help=help, metavar="",
-                            choices=f.metadata["choices"])
+                            choices=None if f.name == "method" else choices)
     if odd := [flag for flag in argv if flag.endswith("=--")]:     # argparse makes it a list
         fail(f"{odd[0]}: no value")
     typed = vars(parser.parse_args(argv))                          # only what was typed
@@ -688,7 +692,8 @@ def parse(argv):
     if method not in arms.split(","):
         fail(f"--arms {arms}: --method {method} must be among them")
     for name, value in METHODS[method].items():
-        if typed.get(name, value) != value:                        # its row would bear a false name
+        # its row, or those of other arms, would bear a false name
+        if name in typed and (typed[name] != value or "," in arms):
             fail(f"--{name} {typed[name]}: {method} is made of --{name} {value}; leave the flag "
                  "out, or name other --arms")
     cfg = Config(**{**PRESETS[preset], **METHODS[method], **typed, "preset": preset, "arms": arms,
@@ -709,7 +714,8 @@ def check(cfg):
         fail(f"--device {cfg.device}: this machine has {', '.join(available_devices())}")
     if cfg.recipe not in RECIPES:                                  # of another size: Table 5
         fail(f"--recipe {cfg.recipe}: not one of {', '.join(RECIPES)}")
-    needed = max(cfg.warmup_questions + cfg.prm_questions, cfg.evolve_questions)
+    labels = cfg.prm_questions * any(arm.needs_prm for arm in arms_of(cfg))
+    needed = max(cfg.warmup_questions + labels, cfg.evolve_questions)
     if needed > cfg.labeled:
         fail(f"--labeled {cfg.labeled}: at least {needed}, for --warmup_questions with other "
              "--prm_questions, and for --evolve_questions")
@@ -721,7 +727,7 @@ def check(cfg):
         try:
             size = load_policy(cfg.policy, tokenizer_for(cfg.policy)).config.image_size
         except (OSError, ValueError) as error:
-            fail(f"--policy: {error}")
+            fail(f"--policy: {error} (--method base --policy scratch makes one)")
         if size % 64 and not cfg.data:                             # the canvas has 64 units
             fail(f"--policy {cfg.policy}: reads pictures of {size} pixels, no multiple of 64")
     if len({arm.iterations * arm.questions_per_iteration for arm in arms_of(cfg)}) > 1:

@@ -51,22 +51,22 @@ class StepLabels(NamedTuple):
 
 def label_steps(cfg, pi_0, questions):
     """Monte-Carlo step labels: sample responses to each question at temperature 1, correct or
-    wrong, and label the different ones: {labels: a StepLabels, as a dict, for each}."""
+    wrong, and label them: {labels: a StepLabels, as a dict, for each different one}."""
     how = Sampling(cfg.prm_responses, 1.0, cfg.max_new_tokens, seed_for(cfg.seed, "labels"))
     rollouts = Sampling(cfg.prm_rollouts, cfg.prm_temperature, cfg.max_new_tokens, how.seed + 1)
     prompts = make_prompts(pi_0, questions)                        # one per question
     _, responses = sample_texts(pi_0, prompts, how, "step labels: responses")
-    different = [list(dict.fromkeys(map(tuple, group))) for group in tokens_of(responses)]
-    labels = label_responses(pi_0, questions, prompts, different, rollouts)
+    labels = label_responses(pi_0, questions, prompts, tokens_of(responses), rollouts)
     return {"labels": [label._asdict() for label in labels]}
 
 def label_responses(policy, questions, prompts, responses, how):
-    """Label the steps of given responses, a list of token tuples per question: complete every
-    prefix that ends at a step, how.rollouts times, and count the correct completions. (The last
-    step needs no rollout: its answer is there.) Each prefix is computed once, and rollouts of a
-    question draw the same random numbers whatever their prefix (common random numbers), so that
-    steps differ by what they say. Returns a list of StepLabels."""
-    step_ends, L = policy.tokenizer.step_ends, how.rollouts        # where steps end; per prefix
+    """Label the steps of responses, [question][response] of token lists: complete every prefix
+    that ends at a step, how.rollouts times, and count the correct completions. (The last step needs
+    no rollout: its answer is there.) Each prefix is computed once, and rollouts of a question draw
+    the same random numbers whatever their prefix (common random numbers), so that steps differ by
+    what they say. Returns a list of StepLabels, one for each different response."""
+    step_ends, L = policy.tokenizer.step_ends, how.rollouts
+    responses = [list(dict.fromkeys(map(tuple, group))) for group in responses]    # each once
     prefixes = []                                                  # [question][prefix], different
     for group in responses:
         of_question = [tokens[:end + 1] for tokens in group for end in step_ends(tokens)[:-1]]
@@ -96,8 +96,9 @@ class RewardModel(nn.Module):
     trials it could not tell two responses to one question apart). So pi_0 is fixed here, and the
     network reads for each token what pi_0 expected before it (its last hidden state), the token,
     and its log-probability. A learned share of the log-probability of all that is written so far is
-    added to the head: pi_0 itself finds false steps less likely, and that much need not be
-    learned."""
+    added to the head: pi_0 itself finds false steps less likely, and that much need not be learned.
+    It also makes the later steps of longer responses score lower (claim C6). The reasons are those
+    of our small policy; public weights get the same network."""
     BLOCKS = 2
 
     def __init__(self, config, tokenizer):
@@ -160,7 +161,8 @@ def train_prm(cfg, pi_0, questions, labels):
     prm = RewardModel(pi_0.config, pi_0.tokenizer).to(pi_0.device)
     prm.policy.load_state_dict(pi_0.state_dict())                  # a copy
     number = 1 + max(label.question for label in labels)
-    prompts, first = make_prompts(pi_0, questions[:number]), number - max(1, number // 10)
+    first = number - max(1, number // 10)                          # that is held out
+    prompts = make_prompts(pi_0, questions[:number])
     learned = []                                                   # Examples
     for label in labels:
         if label.question < first:                                 # by question, not response
@@ -227,9 +229,10 @@ def by_question(responses):
 
 def top_k(responses, rewards, k):
     """The paper's H = Top-K: of [(question index, text)], the k of each question with the largest
-    R_p, one of `rewards` for each. The order of the input changes nothing, and equal rewards are
-    ordered by text. Returns a sorted list."""
-    reward, kept = dict(zip(responses, rewards)), []
+    R_p, one of `rewards` for each. The order of the input changes nothing; equal rewards are
+    ordered by text (our choice). Returns a sorted list."""
+    reward = dict(zip(responses, rewards))
+    kept = []
     for question, texts in by_question(responses).items():
         best = sorted(texts, key=lambda text: (-reward[question, text], text))[:k]  # then by text
         kept += [(question, text) for text in best]
@@ -237,7 +240,8 @@ def top_k(responses, rewards, k):
 
 def random_k(responses, k, seed):
     """The control for `top_k`: k of each question by chance."""
-    rng, kept = random.Random(seed), []                            # one stream for all questions
+    rng = random.Random(seed)                                      # one stream for all questions
+    kept = []
     for question, texts in by_question(responses).items():
         kept += [(question, text) for text in rng.sample(texts, min(k, len(texts)))]
     return sorted(kept)
@@ -313,7 +317,8 @@ def audit(pi_0, prm, labels, labeled, questions, max_new_tokens, n=16):
 
 def verify(question, texts, rewards, likely):
     """Figure 2a for one question: {name: is the answer correct}, see `audit`."""
-    answers, is_correct = [find_answer(text, question) for text in texts], {}
+    answers = [find_answer(text, question) for text in texts]
+    is_correct = {}
     for N in (1, 2, 4, 8, 16):
         if N > len(texts):                                         # not so many were sampled
             break
@@ -325,7 +330,9 @@ def verify(question, texts, rewards, likely):
     return is_correct
 
 def compare_top_2(question, texts, rewards, likely):
-    """Figure 2b for one question: {name: number, or None}, see `audit`."""
+    """Figure 2b for one question: {name: number, or None}, see `audit`. (The paper compares the
+    Top-2 with the other correct responses, here they are compared with all: a smaller difference.)
+    """
     first = {}                                                     # text -> where it comes first
     for i, text in enumerate(texts):
         if grade(text, question) == "correct":
@@ -351,7 +358,8 @@ def main(argv=None):
     parser.add_argument("run", metavar="runs/NAME", help="the folder of a run")
     parser.error = lambda message: parser.exit(2, f"prm.py: {message}; see --help\n")
     folder = Path(parser.parse_args(argv).run)
-    bad_input, began = (ValueError, KeyError, TypeError), time.time()
+    began = time.time()
+    bad_input = (ValueError, KeyError, TypeError)
     with one_line_errors("prm.py", f"{folder}: not the folder of a run with a PRM", *bad_input):
         config = read_json(folder / "config.json")
         tokenizer = tokenizer_for(config["policy"])

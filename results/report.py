@@ -103,9 +103,8 @@ def write_samples(cfg, run, select, policy, pi_0, prm, world, temperature, itera
     scores, labels = None, {}
     if prm:
         scores = score(prm, prompts, tokens_of(responses))
-        different = [list(dict.fromkeys(map(tuple, group))) for group in tokens_of(responses)]
         rollouts = Sampling(cfg.prm_rollouts, cfg.prm_temperature, cfg.max_new_tokens, seed)
-        for label in label_responses(pi_0, questions, prompts, different, rollouts):
+        for label in label_responses(pi_0, questions, prompts, tokens_of(responses), rollouts):
             labels[label.question, tuple(label.tokens)] = label.targets
     grades, correct = [], set()
     for i, question in enumerate(questions):
@@ -245,7 +244,7 @@ def line_chart(title, unit, series, note):
     for x in xs[::math.ceil(len(xs) / 9)]:                         # not too many to read
         drawn.append(f"<text x='{at(x, low)[0]:.1f}' y='192' text-anchor='middle'>{x}</text>")
     for i, (name, line) in enumerate(series.items()):
-        dashes = ("", "6 3", "2 3", "8 3 2 3")[i % 4]              # not by colour alone
+        dashes = ("", "6 3", "2 3", "8 3 2 3")[(i + i // 4) % 4]   # not by colour alone
         look = f"stroke='var(--c{i % 4})' fill='none' stroke-width='2' stroke-dasharray='{dashes}'"
         path = " ".join("{:.1f},{:.1f}".format(*at(*point)) for point in line)
         drawn.append(f"<polyline {look} points='{path}'/>")

@@ -8,6 +8,7 @@ else `unresolved`: often too few seeds, not that nothing is there.
 Read:     TABLES, CLAIMS -> run_table -> claims_of -> verdict -> format_table
 Run:      python -m results.tables main|table1|...|table5|dynamics [--seeds 3] [flags]
 """
+import argparse
 import json
 import math
 import sys
@@ -42,17 +43,16 @@ WATCHED = ("0.5", "1.0", "1.5")                                    # temperature
 def main(argv=None):
     """Run a table's arms for each seed (and size); write and print the table and its verdicts."""
     argv = sys.argv[1:] if argv is None else argv
-    if not argv or argv[0] not in TABLES:
-        mstar.fail(f"usage: python -m results.tables {'|'.join(TABLES)} [--seeds N] [flags]")
-    name, flags, seeds = argv[0], argv[1:], 1
-    if "--seeds" in flags:
-        at = flags.index("--seeds")
-        value = "".join(flags[at + 1:at + 2])
-        if not value.isdecimal() or not 1 <= int(value) <= 1000:
-            mstar.fail(f"--seeds {value}: must be a number from 1 to 1000")
-        seeds, flags[at:at + 2] = int(value), []
+    parser = argparse.ArgumentParser(allow_abbrev=False, epilog="And all flags of mstar.py.")
+    parser.error = mstar.fail
+    parser.add_argument("table", choices=TABLES)
+    parser.add_argument("--seeds", type=int, default=1, metavar="N")
+    typed, flags = parser.parse_known_args(argv)
+    name, seeds = typed.table, typed.seeds
+    if seeds < 1:
+        mstar.fail(f"--seeds {seeds}: must be at least 1")
     for flag in ("resume", "arms", "method", "seed", *mstar.SWITCHES):
-        if any(typed.split("=")[0] == f"--{flag}" for typed in flags):
+        if any(one.split("=")[0] == f"--{flag}" for one in flags):
             mstar.fail(f"{name} sets --{flag} itself, leave it out")
     arms = ",".join(arm for arm in TABLES[name] if arm not in ("base", "pi_0"))
     cfg, _ = mstar.parse([*flags, "--arms", arms])
@@ -62,8 +62,8 @@ def main(argv=None):
         return run_table(name, cfg, seeds, " ".join(["python -m results.tables", *argv]))
 
 def run_table(name, cfg, seeds, command):
-    """Each seed has a folder, in which pi_0, PRM and finished arms stay, for all tables. Writes and
-    returns results/PRESET-NAME.json; with --out, or if one of more seeds is there, beside them."""
+    """Each seed has a folder, in which pi_0, PRM and finished arms stay. Writes and returns
+    results/PRESET-NAME.json; beside them with --out, or where more seeds or settings differ."""
     folder, reports = Path(cfg.out or f"runs/{cfg.preset}-tables"), []
     for size, suffix in SIZES.items() if name == "table5" else [("medium", "")]:
         for seed in range(seeds):
@@ -71,8 +71,10 @@ def run_table(name, cfg, seeds, command):
             out.mkdir(parents=True, exist_ok=True)
             sized = replace(of_size(cfg, suffix), seed=seed, out=str(out))
             reports.append({**mstar.run_stages(sized, out, command, "tables"), "size": size})
-    result, file = make_table(name, reports, command), Path(f"results/{cfg.preset}-{name}.json")
-    if cfg.out or file.exists() and len(read_json(file)["seeds"]) > seeds:
+    result = make_table(name, reports, command)
+    file = Path(f"results/{cfg.preset}-{name}.json")
+    before = read_json(file) if file.exists() else result
+    if cfg.out or len(before["seeds"]) > seeds or settings(before) != settings(result):
         file = folder / file.name
     file.parent.mkdir(exist_ok=True)
     write_json(file, result)
@@ -80,6 +82,11 @@ def run_table(name, cfg, seeds, command):
         write_html(file.with_suffix(".html"), name, html_dynamics(result["arms"]))
     print(f"{format_table(result)}\n\nwrote {file}{' and .html' * (name == 'dynamics')}")
     return result
+
+def settings(result):
+    """The configuration of a table, but for what differs from seed to seed and arm to arm."""
+    free = ("seed", "out", "arms", "method", *mstar.SWITCHES)
+    return {name: value for name, value in result["config"].items() if name not in free}
 
 def of_size(cfg, suffix):
     """The Config with a base of another size, weights/base-small.safetensors or from scratch."""
@@ -213,7 +220,7 @@ def dynamics_claims(runs):
     return [("C8", words, {"effect": [effect]}, 0.0, None) for words, effect in effects.items()]
 
 def figure_5_claim(fixed, adaptive):
-    """C9 on validation questions, of runs (lists of iterations) of two arms."""
+    """C9 on validation questions, on which T is chosen, of two arms' runs (lists of iterations)."""
     def curves(lines):                                             # (2, questions)
         numbers = [line["by_question"] for line in lines[1:] if "by_question" in line]
         any_correct = [numbers_in(one["num_correct"]) > 0 for one in numbers]

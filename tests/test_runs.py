@@ -381,7 +381,7 @@ def test_a_table_goes_on_where_it_was_stopped(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("argv, word", [
-    ([], "usage"), (["table9"], "usage"), (["table1", "--seeds", "0"], "--seeds"),
+    ([], "table"), (["table9"], "table9"), (["table1", "--seeds", "0"], "--seeds"),
     (["table1", "--seeds"], "--seeds"), (["table1", "--seed", "1"], "--seed"),
     (["table1", "--method", "prm"], "--method"), (["table1", *TINY], "--epochs 0.5"),
     (["table5", "--preset", "test", "--policy", "mine.safetensors"], "mine"),
@@ -394,15 +394,20 @@ def test_wrong_use_of_tables(argv, word, tmp_path, monkeypatch, capsys):
     assert stop.value.code == 2 and error.count("\n") == 1 and word in error
 
 
-def test_a_table_of_more_seeds_is_not_overwritten(tmp_path, monkeypatch, capsys):
+def test_a_table_of_more_seeds_or_other_settings_is_not_overwritten(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(mstar, "run_stages", lambda *a: {})
     monkeypatch.setattr(results.tables, "make_table",
-                        lambda name, reports, command: {"seeds": list(range(len(reports)))})
+                        lambda name, reports, command: {"seeds": list(range(len(reports))),
+                                                        "config": {"labeled": labeled[-1]}})
     monkeypatch.setattr(results.tables, "format_table", lambda result: "the table")
     file = Path("results/test-table2.json")
+    labeled = [48]
     for seeds, kept in ((2, 2), (1, 2), (3, 3)):
         results.tables.main(["table2", "--preset", "test", "--seeds", str(seeds)])
         assert read_json(file)["seeds"] == list(range(kept))
         where = file if seeds == kept else "runs/test-tables/test-table2.json"
         assert f"wrote {where}" in capsys.readouterr().out
+    labeled.append(49)                                             # other settings
+    results.tables.main(["table2", "--preset", "test", "--seeds", "3"])
+    assert "wrote runs/test-tables/test-table2.json" in capsys.readouterr().out

@@ -14,7 +14,7 @@ from itertools import chain, islice
 
 import torch
 
-from data import write_reasoning
+from data import OPERATIONS, write_reasoning
 from evaluate import make_prompts
 from model import Example, ModelConfig, Optimizer, Policy, adamw, batches, seed_for
 
@@ -122,7 +122,7 @@ def arithmetic(rng):
             left, right = rng.randint(1, 18), rng.randint(2, 9)
         else:
             left, right = number(), number()
-        result = {"+": left + right, "-": left - right, "*": left * right}[sign]
+        result = OPERATIONS[sign](left, right)
         if 1 <= result <= 99:
             lines.append(f"{left} {sign} {right} = {result}")
     return "\n".join(lines)
