@@ -537,9 +537,8 @@ def fit(policy, optimizer, stream, updates, micro_batch, title):
 
 def backward(policy, examples, micro_batch, pool):
     """Put the gradient of a batch's mean loss into .grad; returns the loss. `micro_batch` rows go
-    through at once, one part after another or on the threads of a CPU (fewer, so that each process
-    has a part). Each part counts by its share of the tokens: the sum is the whole batch's."""
-    micro_batch = min(micro_batch, math.ceil(len(examples) / PROCESSES))
+    through at once, one part after another or on the threads of a CPU; processes share the parts.
+    Each part counts by its share of the tokens, so the sum is the whole batch's."""
     parameters = [p for p in policy.parameters() if p.requires_grad]
     total = sum(len(example.response) for example in examples)
     parts = [examples[i:i + micro_batch] for i in range(0, len(examples), micro_batch)]

@@ -320,7 +320,7 @@ def cells_of(text, words):
 def test_a_table_holds_what_the_runs_did_beside_the_paper():
     result = make_table("table1", [made_up_report(0), made_up_report(1)], "the command")
     did = {arm["arm"]: (arm["responses"], arm["updates"]) for arm in result["arms"]}
-    assert did["pi_0"] == (0, 7) and did["sft"] == (0, 17) and did["continuous"] == (20, 17)
+    assert did["pi_0"] == (0, 7) and did["sft"] == (0, 17) and did["continuous_6.25"] == (20, 17)
     assert result["seeds"] == [0, 1] and result["minutes"] == 4
     for arm in result["arms"]:                                     # no figure needs the questions
         assert not any("by_question" in line for line in arm["iterations"])
