@@ -227,7 +227,8 @@ def test_the_luck_of_claims_is_pooled_over_arms_that_share_no_rounds(runs):
     claims = claims_of("table1", arms, [{"tasks": "FQA GPS"}] * runs)
     for *_, luck in claims:
         assert luck == (luck_of_runs(accuracies) if runs == 2 else None)
-    assert all(groups[0].shape == (runs, 2) for _, _, parts, *_ in claims for groups in parts.values())
+    for _, _, parts, *_ in claims:
+        assert all(groups[0].shape == (runs, 2) for groups in parts.values())
 
 def look(greedy, num_correct, reward, low, high):
     """What claims on dynamics take from a line of metrics.jsonl."""
