@@ -562,7 +562,8 @@ def _make(rng, template, id, look="plain", unseen_wording=False):
         if answers and len(set(numbers.values())) == len(numbers): # twice 3 would not tell a from b
             break
     wording = template.wordings[-1] if unseen_wording else rng.choice(template.wordings[:-1])
-    text, answer = wording.format(**names, **numbers), next(iter(answers.values()))
+    text = wording.format(**names, **numbers)
+    answer = next(iter(answers.values()))                          # all are equal
     return Question(id, template.task, template.name, text, answer, tuple(drawing), facts, slots,
                     tuple(answers), look)
 
@@ -625,7 +626,8 @@ def read_world(file, images, testbed, sizes, seed=0, skip_missing=False):
         wrong[f"pictures that cannot be opened (the first: {bad[0]})"] = len(bad)
     if wrong and not skip_missing:
         raise ValueError(f"{file} {testbed}: {dict(wrong)}; leave them out by --skip_missing 1")
-    beds, tested = {task: [] for task in TASKS}, set()
+    beds = {task: [] for task in TASKS}
+    tested = set()                                                 # checksums of its pictures
     for question in tests:
         if question.image in checksums:                            # its picture can be opened
             beds[question.task].append(question)
@@ -652,7 +654,9 @@ def read_world(file, images, testbed, sizes, seed=0, skip_missing=False):
 def split_by_picture(questions, checksums, sizes, seed):
     """{split: questions} for `read_world`: those whose ids name a split, then the others, in random
     order, all of a picture together. ValueError: a picture in two named splits."""
-    splits, split_of, by_picture = {split: [] for split in SPLITS}, {}, defaultdict(list)
+    splits = {split: [] for split in SPLITS}
+    split_of = {}                                                  # picture -> the named split
+    by_picture = defaultdict(list)                                 # of all other questions
     for question in questions:
         split, picture = question.id.partition("/")[0], checksums[question.image]
         if split not in SPLITS:
@@ -675,7 +679,8 @@ def read_questions(file, images):
     a record per line of a .jsonl) or MathVista's testmini.json (a dict). Returns (list of Question,
     a Counter of what is wrong with the other records). Pictures are not opened. OSError; ValueError
     names a file that is no JSON."""
-    file, place = Path(file), ""
+    file = Path(file)
+    place = ""
     try:
         text = file.read_text(encoding="utf-8-sig")
         if file.suffix == ".jsonl":                                # a record per line

@@ -116,7 +116,8 @@ def accuracies_and_all(columns):
 def make_prompts(policy, questions, with_answer=False, direct=False):
     """Prompts of questions: the picture (one from a file: a function that opens it) and the
     question, and with `with_answer` the gold answer (the paper's warm-up)."""
-    prompts, size = [], policy.config.image_size
+    size = policy.config.image_size
+    prompts = []
     for question in questions:
         if question.image:
             image = partial(picture_of, question.image, size)

@@ -65,7 +65,8 @@ def label_responses(policy, questions, prompts, responses, how):
     no rollout: its answer is there.) Each prefix is computed once, and rollouts of a question draw
     the same random numbers whatever their prefix (common random numbers), so that steps differ by
     what they say. Returns a list of StepLabels, one for each different response."""
-    step_ends, L = policy.tokenizer.step_ends, how.rollouts
+    step_ends = policy.tokenizer.step_ends
+    L = how.rollouts
     responses = [list(dict.fromkeys(map(tuple, group))) for group in responses]    # each once
     prefixes = []                                                  # [question][prefix], different
     for group in responses:
@@ -289,7 +290,8 @@ def audit(pi_0, prm, labels, labeled, questions, max_new_tokens, n=16):
     how = Sampling(n, 1.0, max_new_tokens, seed=0)                 # seed 0: the same for all runs
     texts, responses = sample_texts(pi_0, prompts, how, "audit: responses")
     scores = score(prm, prompts, tokens_of(responses))
-    numbers, true_steps, step_scores = defaultdict(list), [], []
+    numbers = defaultdict(list)                                    # name -> one per question
+    true_steps, step_scores = [], []                               # of all responses
     for question, group, sampled, of_group in zip(questions, texts, responses, scores):
         rewards = list(map(reward_of, of_group))                   # R_p
         likely = [sum(response.log_probs) for response in sampled]  # of whole responses
