@@ -15,11 +15,10 @@ from results.tables import format_table, run_intervals
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "results"
-BEFORE = RESULTS / "before"
-RUNS = sorted((*RESULTS.glob("*-*.json"), *BEFORE.glob("*-*.json")))
+RUNS = sorted(RESULTS.glob("*-*.json"))
 TABLES = [path for path in RUNS if re.fullmatch(r"cpu-(table\d|main)|few-dynamics", path.stem)]
 MAIN = read_json(RESULTS / "cpu-main.json")
-READMES = (ROOT / "README.md", RESULTS / "README.md", BEFORE / "README.md")
+READMES = (ROOT / "README.md", RESULTS / "README.md")
 MINE, OTHERS = "M-STaR", ("pi_0 (warm-up)", "SFT (direct answers)", "continuous", "+ PRM re-rank")
 
 def points(gain):
@@ -34,7 +33,7 @@ def first_table(text):
 
 # ---------------------------------------------------------------- numbers
 
-@pytest.mark.parametrize("path", RUNS, ids=lambda path: f"{path.parent.name}-{path.stem}")
+@pytest.mark.parametrize("path", RUNS, ids=lambda path: path.stem)
 def test_a_result_is_whole(path):
     assert read_json(path)                                         # its checksum, too
 
@@ -145,6 +144,14 @@ def test_what_chooses_is_what_was_measured():
                          f"{100 * mean(row['unsound'] for row in rows):.1f}",
                          ", ".join(f"{100 * row['id']['all']:.1f}" for row in rows)]
 
+def test_what_the_oracle_filter_does_is_what_was_measured():
+    rows = [run["row"] for run in read_json(RESULTS / "cpu-controls.json")["arms"]["oracle_filter"]]
+    gain = np.array([correct_in(row["graded"]["test"]) for row in rows])
+    gain -= graded("+ PRM re-rank", "test")[:len(rows)]
+    tasks = np.array([question.task for question in build_world({"test": 750})["test"]])
+    for one in (gain, gain[:, tasks == "VQA"]):
+        assert points((one.mean(), *run_intervals([one]))) in READMES[1].read_text()
+
 def test_gains_over_continuous_in_its_best_rounds_are_those_that_were_measured():
     rows = [arm["row"] for arm in read_json(RESULTS / "cpu-table1.json")["arms"]
             if arm["arm"] == "continuous_12.5"]                    # seeds 0 to 2
@@ -180,10 +187,10 @@ def test_what_the_base_sees_is_what_was_measured():
     text = READMES[1].read_text()
     assert first_table(text[text.index("## The base"):]) == seen
 
-@pytest.mark.parametrize("path", TABLES, ids=lambda path: f"{path.parent.name}-{path.stem}")
+@pytest.mark.parametrize("path", TABLES, ids=lambda path: path.stem)
 def test_tables_and_verdicts_are_those_of_the_committed_results(path):
     lines = format_table(read_json(path)).splitlines()
-    text = (path.parent / "README.md").read_text().splitlines()
+    text = READMES[1].read_text().splitlines()
     assert len([line for line in lines if line.startswith("|")]) > 6
     assert not [line for line in lines if line not in text]
 
@@ -198,7 +205,7 @@ def test_the_readme_is_short_and_names_every_module():
     assert len(text.splitlines()) <= 130
     assert not [path.name for path in ROOT.glob("*.py") if path.name not in text]
 
-@pytest.mark.parametrize("readme", READMES, ids=("top", "results", "before"))
+@pytest.mark.parametrize("readme", READMES, ids=("top", "results"))
 def test_links_pictures_and_files_are_there(readme):
     text = readme.read_text()
     links = [link for link in re.findall(r"\]\(([^)\s]+)\)", text) if "://" not in link]
@@ -208,7 +215,7 @@ def test_links_pictures_and_files_are_there(readme):
         file, _, heading = link.partition("#")
         assert (readme.parent / file).exists(), link
         assert file or heading in headings, link
-    named = re.findall(r"results/(?:before/)?[\w.*?-]+\.json", text)
+    named = re.findall(r"results/[\w.*?-]+\.json", text)
     named = [name for name in named if "PRESET" not in name]       # of a run to come
     # a pattern names at least one file
     assert named and not [name for name in named if not list(ROOT.glob(name))]
