@@ -727,7 +727,8 @@ def check(cfg):
         try:
             size = load_policy(cfg.policy, tokenizer_for(cfg.policy)).config.image_size
         except (OSError, ValueError) as error:
-            fail(f"--policy: {error} (--method base --policy scratch makes one)")
+            advice = "; --method base --policy scratch makes one" * cfg.policy.endswith("tensors")
+            fail(f"--policy: {error}{advice}")
         if size % 64 and not cfg.data:                             # the canvas has 64 units
             fail(f"--policy {cfg.policy}: reads pictures of {size} pixels, no multiple of 64")
     if len({arm.iterations * arm.questions_per_iteration for arm in arms_of(cfg)}) > 1:
