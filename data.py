@@ -22,6 +22,7 @@ import operator
 import os
 import random
 import re
+import signal
 import sys
 import textwrap
 import warnings
@@ -977,4 +978,7 @@ def main(argv=None):
     print(f"wrote {path}")
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)                   # Ctrl-C, and a reader that has
+    if hasattr(signal, "SIGPIPE"):                                 # gone, end it silently
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     main(sys.argv[1:])

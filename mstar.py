@@ -11,8 +11,8 @@ Read:     Config, METHODS -> self_evolve (the paper's algorithm) -> what it call
 Departs:  the base is our own, of 0.8 M parameters (weights/base.py), the paper's a pretrained LMM;
           learning rates are larger (there 1e-6, for 8B), rounds smaller (6.25 % of the questions,
           there 25 %, chosen on validation); training is counted in updates. Smaller
-          departures are named where they are made, as "our choice": see best_temperature,
-          pass_metrics, questions_for_iteration, prm.RewardModel.
+          departures are named where they are made: best_temperature, pass_metrics,
+          questions_for_iteration, prm.RewardModel, prm.reward_of.
 Run:      python mstar.py [--preset NAME] [--method mstar] [--seed N] [--out runs/NAME] ...
           python mstar.py --resume runs/NAME
 """

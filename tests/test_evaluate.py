@@ -112,6 +112,13 @@ def test_auc_against_counting_pairs():
         assert auc(good, scores) == pytest.approx(count(good, scores))
     assert auc([True, True], [1, 2]) is None and auc([], []) is None
 
+def test_of_no_response_no_share_is_unsound():
+    """Not 0 %, which would enter means over seeds as the best of all."""
+    (question,) = build_world({"test": 1})["test"]
+    text = write_reasoning(question, random.Random(0))
+    assert evaluate.share_unsound([question], []) is None
+    assert evaluate.share_unsound([question], [(0, text), (0, "answer: 1")]) == 0.5
+
 def test_interval_covers_as_promised():
     """Of 200 samples of a coin of 0.3, about 95 % of the intervals hold 0.3 (between 90 and 99 %: 3
     standard errors and small-sample bias)."""
@@ -120,6 +127,14 @@ def test_interval_covers_as_promised():
         low, high = interval(rng.random(200) < 0.3, draws=500)
         inside += low <= 0.3 <= high
     assert 0.90 <= inside / 200 <= 0.99
+
+def test_interval_of_many_questions_is_drawn_in_parts():
+    """As all draws at once, which may not fit into memory: 4,000 questions are drawn 250 at a time,
+    and the last part is a smaller one."""
+    values = np.random.default_rng(1).random(4000) < 0.3
+    picked = np.random.default_rng(0).integers(4000, size=(600, 4000))
+    expected = np.percentile(values[picked].mean(axis=1), [2.5, 97.5])
+    assert interval(values, draws=600) == pytest.approx(expected)
 
 def test_interval_is_of_the_mean_of_group_means():
     """Each group is resampled for itself; every question weighs the same."""

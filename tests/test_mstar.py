@@ -402,6 +402,21 @@ def test_the_expected_minutes_count_everything_that_takes_long(policy, world, mo
     assert "about" not in short                                    # nothing is measured
 
 
+def test_labels_are_asked_for_only_where_an_arm_needs_the_prm():
+    """Else 12 labeled questions are enough: 10 of the warm-up."""
+    assert config("--arms", "sft,continuous", "--labeled", "12").labeled == 12
+    with pytest.raises(SystemExit):
+        config("--arms", "sft,prm", "--labeled", "12")
+
+@pytest.mark.parametrize("preset", ["cpu", "smolvlm"])
+def test_rows_of_table_1_have_the_interval_in_their_name(preset):
+    for name, switches in mstar.METHODS.items():
+        share = name.removeprefix("continuous_")
+        if share != name:
+            assert switches["interval"] == float(share) / 100
+    cfg, _ = mstar.parse(["--preset", preset, "--arms", "continuous_6.25,continuous_100"])
+    assert [arm.interval for arm in mstar.arms_of(cfg)] == [0.0625, 1.0]
+
 @pytest.mark.parametrize("interval, epochs, times", [("0.0625", "2", 8), ("0.0625", "2.2", 8),
                                                      ("0.25", "2", 8), ("1", "2", 8),
                                                      ("0.12", "2", 4), ("0.1", "2", 3)])
@@ -457,6 +472,9 @@ def test_what_is_run(flags, arms, method, select):
     (["--arms", "prm,prm"], "twice"),
     (["--temperature", "0.7"], "mstar is made of --temperature adaptive"),
     (["--method", "top_4", "--keep_top", "3"], "top_4 is made of --keep_top 4"),
+    # as it is, but not for the other arm: it would depend on which is named last
+    (["--arms", "continuous,prm", "--select", "top"], "prm is made of --select top"),
+    (["--preset", "tiny"], "tiny"),
     (["--arms", "prm,top_1", "--keep_top", "3"], "--keep_top 3"),
     (["--keep_top", "0"], "--keep_top"), (["--prm_questions", "1"], "--prm_questions"),
     (["--select", "best"], "--select"), (["--adapt_by", "luck"], "--adapt_by"),
