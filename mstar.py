@@ -588,7 +588,7 @@ def expected(cfg, arms, base, world):
     updates = sum(arm.evolve_updates for arm in arms)
     text = (f"expected  {sum(p.numel() for p in base.parameters()):,} parameters, "
             f"{asked * cfg.rollouts_per_question:,} responses, {updates:,} updates")
-    if base.device.type != "cpu" or updates < 1000:                # not known, or seconds
+    if base.device.type != "cpu" or updates < 500:                 # not known, or seconds
         return f"{text} (minutes are known of longer runs on a CPU only)"
     questions, policy, began = world["labeled"][:128], copy.deepcopy(base), time.time()
     look = look_at(cfg, base, None, questions, [1.0], cfg.rollouts_per_question)[1.0]
