@@ -19,7 +19,6 @@ import itertools
 import json
 import math
 import operator
-import os
 import random
 import re
 import signal
@@ -501,6 +500,17 @@ def oracle(question, text):
         verdicts.append(is_true)
     return verdicts
 
+def oracle_of_steps(question, text, steps):
+    """`oracle` for each of the steps into which a tokenizer cuts a text. One may hold empty lines,
+    too (a token of public weights may be two line breaks): they are left out."""
+    lines, of_steps = list(zip(text.split("\n"), oracle(question, text))), []
+    for step in steps:
+        number = max(1, step.count("\n"))                          # of its lines
+        verdicts = [is_true for line, is_true in lines[:number] if line] or [lines[0][1]]
+        of_steps.append(all(verdicts))
+        lines = lines[number:]
+    return of_steps
+
 def polynomial(left, sign, right):
     """left + right, left - right or left * right of polynomials in the facts: each a frozenset of
     (sorted names of facts, whole number), one per term. ("red", "red") is red squared."""
@@ -617,14 +627,9 @@ def read_world(file, images, testbed, sizes, seed=0, skip_missing=False):
     splits already, name them in the ids (test/0): those records stay there, in order. Raises
     OSError, or ValueError, which says what is missing or wrong; with `skip_missing` that is left
     out."""
-    questions, wrong = read_questions(file, images)
-    tests, wrong_tests = read_questions(testbed, images) if testbed else ([], Counter())
+    questions, tests, checksums, wrong = read_files(file, images, testbed)
     if any(question.record is None for question in tests):
         raise ValueError(f"{testbed}: not MathVista's testmini.json")
-    checksums, bad = checksums_of(questions + tests, images)
-    wrong += wrong_tests
-    if bad:
-        wrong[f"pictures that cannot be opened (the first: {bad[0]})"] = len(bad)
     if wrong and not skip_missing:
         raise ValueError(f"{file} {testbed}: {dict(wrong)}; leave them out by --skip_missing 1")
     beds = {task: [] for task in TASKS}
@@ -640,9 +645,10 @@ def read_world(file, images, testbed, sizes, seed=0, skip_missing=False):
               if checksums.get(question.image) not in elsewhere]
     splits = split_by_picture(usable, checksums, sizes, seed)
     used = sum(map(len, splits.values()))
-    on_testbed = sum(checksums.get(question.image) in tested for question in questions)
+    opened = [checksums[q.image] for q in questions if q.image in checksums]
+    on_testbed = sum(checksum in tested for checksum in opened)
     print(f"data      {file}: {used:,} questions are used, {on_testbed:,} are on pictures of the "
-          f"testbed, {len(questions) - used - on_testbed:,} are more than asked for or on pictures "
+          f"testbed, {len(opened) - used - on_testbed:,} are more than asked for or on pictures "
           f"of another split; wrong: {dict(wrong)}", flush=True)
     splits |= beds
     for split, size in sizes.items():
@@ -675,49 +681,58 @@ def split_by_picture(questions, checksums, sizes, seed):
         splits[("labeled", "unlabeled")[i % 2]] += by_picture[picture]
     return {split: some[:min(len(some), sizes.get(split, 0))] for split, some in splits.items()}
 
+def read_files(file, images, testbed=""):
+    """(questions of a file, those of a testbed, {path: checksum of the pixels} of their pictures, a
+    Counter of what is wrong). Each picture is opened once, on all cores."""
+    questions, wrong = read_questions(file, images)
+    tests, wrong_tests = read_questions(testbed, images) if testbed else ([], Counter())
+
+    def checksum(path):
+        try:
+            pixels = open_picture(path, images)
+            return hashlib.sha256(b"%d %b" % (len(pixels), pixels.tobytes())).digest()
+        except OSError as error:
+            return str(error)
+
+    paths = sorted({question.image for question in questions + tests})     # each once
+    with ThreadPoolExecutor() as pool:
+        results = dict(zip(paths, pool.map(checksum, paths)))
+    checksums = {path: result for path, result in results.items() if isinstance(result, bytes)}
+    if bad := [result for result in results.values() if isinstance(result, str)]:
+        wrong[f"pictures that cannot be opened (the first: {bad[0]})"] = len(bad)
+    return questions, tests, checksums, wrong + wrong_tests
+
 def read_questions(file, images):
     """The questions of a file, with pictures in the folder `images`: MathV360K's (a JSON list, or
     a record per line of a .jsonl) or MathVista's testmini.json (a dict). Returns (list of Question,
     a Counter of what is wrong with the other records). Pictures are not opened. OSError; ValueError
     names a file that is no JSON."""
-    file = Path(file)
-    place = ""
     try:
-        text = file.read_text(encoding="utf-8-sig")
-        if file.suffix == ".jsonl":                                # a record per line
-            records = []
-            for number, line in enumerate(text.split("\n"), 1):
-                place = f" in line {number}"
-                records += [json.loads(line)] if line.strip() else []
-        else:
-            records = json.loads(text)
+        text = Path(file).read_text(encoding="utf-8-sig")
+        if Path(file).suffix == ".jsonl":                          # a record per line
+            text = "[" + ",\n".join(filter(str.strip, text.split("\n"))) + "]"
+        records = json.loads(text)                                 # an error names the line
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{file}: not JSON{place} ({error})") from error
+        raise ValueError(f"{file}: not JSON ({error})") from error
     if not isinstance(records, dict | list):
         raise ValueError(f"{file}: neither a list of records nor a dict of them")
     is_mathvista = isinstance(records, dict)
-    questions, wrong, first = [], Counter(), {}
+    questions, faults = [], defaultdict(list)                      # fault -> numbers of records
     for number, record in enumerate(records.values() if is_mathvista else records):
         try:
             question = (_of_mathvista if is_mathvista else _of_mathv360k)(record, images)
             (question.text + question.image + question.answer).encode()    # no half of a character
-            inside = Path(os.path.normpath(question.image)).is_relative_to(os.path.normpath(images))
         except (KeyError, TypeError, AttributeError, IndexError, ValueError):
-            fault = "records of another shape"
+            faults["records of another shape"].append(number)
+            continue
+        if not question.answer:
+            faults["records without an answer"].append(number)
+        elif question.choices and not question.answer.isupper():
+            faults["answers that are none of the choices"].append(number)
         else:
-            if not inside:                                         # such as ../../secret.png
-                fault = "pictures outside the folder"
-            elif not question.answer:
-                fault = "records without an answer"
-            elif question.choices and not question.answer.isupper():
-                fault = "answers that are none of the choices"
-            else:
-                questions.append(question)
-                continue
-        wrong[fault] += 1
-        first.setdefault(fault, number)
-    return questions, Counter({f"{fault} (the first: number {first[fault]})": times
-                               for fault, times in wrong.items()})
+            questions.append(question)
+    return questions, Counter({f"{fault} (the first: number {numbers[0]})": len(numbers)
+                               for fault, numbers in faults.items()})
 
 def _of_mathv360k(record, images):
     """{id, image, conversations: [{value: question, after "<image>", with hint and choices},
@@ -786,27 +801,11 @@ def normal_answer(text, choices=()):
         return f"{Decimal(text.replace(',', '')).normalize():f}"
     return re.sub(r"^\((\w)\)$", r"\1", text)
 
-def checksums_of(questions, images):
-    """({path: checksum of the pixels} of the pictures of questions, a list of what is wrong with
-    the others). Each is opened once, on all cores."""
-    def checksum(path):
-        try:
-            pixels = open_picture(path, images)
-            return hashlib.sha256(b"%d %b" % (len(pixels), pixels.tobytes())).digest()
-        except ValueError as error:
-            return str(error)
-
-    paths = sorted({question.image for question in questions})     # each once
-    with ThreadPoolExecutor() as pool:
-        results = dict(zip(paths, pool.map(checksum, paths)))      # a checksum, or what is wrong
-    return ({path: result for path, result in results.items() if isinstance(result, bytes)},
-            [result for result in results.values() if isinstance(result, str)])
-
 def open_picture(path, images=None, size=None, longest=None):
     """The picture at `path`, (height, width, 3) uint8, transparent parts white: its longest side
     brought to `longest` (SmolVLM: 2048), then squashed to `size` x `size` (512), where they are
     given. As SmolVLM's processor does, it leaves turned photographs turned, and makes those of 16
-    bits too bright. ValueError: one that is missing, outside of `images`, broken, or too large."""
+    bits too bright. OSError: one that is missing, outside of `images`, broken, or too large."""
     try:
         if images and not Path(path).resolve().is_relative_to(Path(images).resolve()):
             raise ValueError(f"outside of {images}")
@@ -815,7 +814,7 @@ def open_picture(path, images=None, size=None, longest=None):
             raise ValueError(f"{picture.width} x {picture.height} pixels are too many")
         picture = picture.convert("RGBA")
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{path}: {error}") from error
+        raise OSError(f"{path}: {error}") from error
     picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
     picture = picture.convert("RGB")
     if longest:
@@ -831,37 +830,30 @@ def open_picture(path, images=None, size=None, longest=None):
 @lru_cache(maxsize=4096)                                           # 3 GB at 512 pixels
 def picture_of(path, size):
     """A picture from a file as a policy of this image size sees it. SmolVLM, of 512 pixels, was
-    trained on pictures that were first brought to 2048. OSError: it is no longer there."""
-    try:
-        return open_picture(path, size=size, longest=2048 if size == 512 else None)
-    except ValueError as error:
-        raise OSError(str(error)) from error
+    trained on pictures that were first brought to 2048."""
+    return open_picture(path, size=size, longest=2048 if size == 512 else None)
 
 def check_file(file, images, testbed=""):
     """Say what a file of questions holds and what is wrong with it: lines of text."""
-    questions, wrong = read_questions(file, images)
-    checksums, bad = checksums_of(questions, images)
-    pictures = set(checksums.values())
+    questions, tests, checksums, wrong = read_files(file, images, testbed)
     kinds = Counter()
     for question in questions:
         if re.fullmatch(r"-?\d+(\.\d+|/\d+)?", question.answer):
             kinds["plain number"] += 1
         else:
             kinds["letter" if question.choices else "text"] += 1
+    paths = {question.image for question in questions} & checksums.keys()
+    pictures = {checksums[path] for path in paths}
     lines = [f"{len(questions):,} questions on {len(pictures):,} different pictures, "
-             f"{len(checksums) - len(pictures):,} files with the pixels of another; answers: "
+             f"{len(paths) - len(pictures):,} files with the pixels of another; answers: "
              f"{dict(kinds.most_common())}"]
     sources = Counter(question.task for question in questions)
     lines += [f"  {source}: {n:,}" for source, n in sources.most_common()]
-    wrong += Counter({"pictures that cannot be opened": len(bad)})
     lines += [f"wrong: {n:,} {what}" for what, n in wrong.items()]
-    lines += bad[:3]
     if testbed:
-        tests, wrong = read_questions(testbed, images)
-        tested, bad = checksums_of(tests, images)
-        shared = pictures & set(tested.values())
-        lines += [f"{testbed}: {len(tests):,} questions, {len(shared):,} of its pictures are here",
-                  *(f"wrong: {n:,} {what}" for what, n in wrong.items()), *bad[:3]]
+        shared = pictures & {checksums.get(question.image) for question in tests}
+        lines.append(f"{testbed}: {len(tests):,} questions, {len(shared):,} of its pictures are "
+                     "here")
     if questions:
         lines += [f"for example {questions[0].id}, {questions[0].image}:", questions[0].text,
                   f"gold answer: {questions[0].answer}"]
@@ -921,38 +913,37 @@ class Tokenizer:
         last = len(tokens) - 1
         return [i for i, token in enumerate(tokens) if token in self.has_break or i == last]
 
+    def steps(self, tokens):
+        """The texts of a response's steps."""
+        ends = [0, *(end + 1 for end in self.step_ends(tokens))]
+        return [self.decode(tokens[start:end]) for start, end in zip(ends, ends[1:])]
+
 # ---------------------------------------------------------------- contact sheet
 
 def write_preview(path):
     """A contact sheet as PNG: a question of each template, and five of each testbed, with a
-    reasoning text. OSError as of open()."""
+    reasoning text. OSError as of open(); ValueError: no name of a picture."""
     world = build_world({**dict.fromkeys(TESTBEDS, 5), "test": 200})
-    rows = {task: [] for task in TASKS}
-    for question in {question.template: question for question in world["test"]}.values():
-        rows[question.task].append(question)                       # one of each template
-    rows |= {bed: world[bed] for bed in TESTBEDS}
-    width, height = 300, 220                                       # of one question
-    longest = max(map(len, rows.values()))
-    sheet = Image.new("RGB", (longest * width, len(rows) * height), "white")
+    shown = list({question.template: question for question in world["test"]}.values())
+    for bed in TESTBEDS:
+        shown += world[bed]
+    width, height = 300, 230                                       # of one question
+    sheet = Image.new("RGB", (5 * width, math.ceil(len(shown) / 5) * height), "white")
     pen = ImageDraw.Draw(sheet)
-    for y, (name, questions) in enumerate(rows.items()):
-        for x, question in enumerate(questions):
-            left, top = x * width + 8, y * height + 8
-            sheet.paste(Image.fromarray(render(question)), (left, top + 14))
-            pen.rectangle((left - 1, top + 13, left + 128, top + 142), outline="gray")
-            pen.text((left, top), f"{name} / {question.template}", fill="black")
-            reasoning = write_reasoning(question, random.Random(question.id))
-            pen.text((left + 136, top + 14), reasoning, fill="black", spacing=1)
-            below = top + (176 if reasoning.count("\n") > 10 else 148)
-            wrapped = "\n".join(textwrap.wrap(question.text, 44))
-            pen.text((left, below), wrapped, fill=(0, 60, 160))
+    for i, question in enumerate(shown):
+        left, top = i % 5 * width + 8, i // 5 * height + 8
+        pen.text((left, top), f"{question.id} / {question.template}", "black")
+        sheet.paste(Image.fromarray(render(question)), (left, top + 14))
+        reasoning = write_reasoning(question, random.Random(question.id))
+        pen.text((left + 136, top + 14), reasoning, "black", spacing=1)
+        pen.text((left, top + 180), "\n".join(textwrap.wrap(question.text, 44)), (0, 60, 160))
     sheet.save(path)
 
 def main(argv=None):
     """Command line of this file: --preview FILE.png, or --check FILE --images DIR."""
     parser = argparse.ArgumentParser(description="The world of visual math: look at it.")
     what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--preview", metavar="FILE.png", type=Path,
+    what.add_argument("--preview", metavar="FILE.png",
                       help="write a contact sheet of all task types and testbeds")
     what.add_argument("--check", metavar="FILE", help="say what a file of questions holds: of "
                       "MathV360K (.json, .jsonl) or MathVista's testmini.json")
@@ -961,21 +952,14 @@ def main(argv=None):
                         "in this file, too")
     parser.error = lambda message: parser.exit(2, f"data.py: {message}; see --help\n")
     flags = parser.parse_args(argv)
-    if flags.check:
-        try:
-            lines = check_file(flags.check, flags.images, flags.testbed)
-        except (OSError, ValueError) as error:
-            parser.exit(2, f"data.py: --check: {error}\n")
-        print("\n".join(lines))
-        return
-    path = flags.preview
-    if path.suffix.lower() != ".png" or not path.parent.is_dir():
-        parser.exit(2, f"data.py: --preview {path}: must end in .png, in a folder that exists\n")
     try:
-        write_preview(path)
-    except OSError as error:                                       # a full disk, a folder's name
-        parser.exit(2, f"data.py: --preview {path}: {error.strerror}\n")
-    print(f"wrote {path}")
+        if flags.check:
+            print("\n".join(check_file(flags.check, flags.images, flags.testbed)))
+        else:
+            write_preview(flags.preview)
+            print(f"wrote {flags.preview}")
+    except (OSError, ValueError) as error:                         # a full disk, a folder's name
+        parser.exit(2, f"data.py: {flags.check or flags.preview}: {error}\n")
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)                   # Ctrl-C, and a reader that has

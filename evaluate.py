@@ -18,7 +18,7 @@ import os
 import re
 import sys
 from collections import Counter
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from fractions import Fraction
 from functools import partial
 from pathlib import Path
@@ -30,7 +30,7 @@ import torch
 from data import (READING, TASKS, TESTBEDS, normal_answer, oracle, picture_of, render,
                   sound, world_of)
 from model import (Prompt, Sampling, available_devices, join_processes, load_network, progress_bar,
-                   read_json, sample, write_json)
+                   read_json, sample)
 from weights.public import tokenizer_for
 
 # ---------------------------------------------------------------- a row of the result table
@@ -70,8 +70,8 @@ def evaluate_policy(name, policy, world, max_new_tokens, direct=False):
         if any(of_task) and task not in beds:
             on_test[task] = on_test["all"][of_task]                # a column of the table
     on_bed = {bed: correct_in(graded[bed]) for bed in beds}        # each (questions,)
-    (id, id_ci95), (ood, ood_ci95) = accuracies(on_test), accuracies_and_all(on_bed)
-    scores, scores_ci95 = accuracies_and_all(official)
+    (id, id_ci95), (ood, ood_ci95) = accuracies(on_test), accuracies(on_bed, True)
+    scores, scores_ci95 = accuracies(official, True)
     return {"name": name, "id": id, "ood": ood, "ci95": {"id": id_ci95, "ood": ood_ci95},
             "unparseable": graded["test"].count("u") / len(graded["test"]), "unsound": unsound,
             "readings": readings, "graded": graded,
@@ -100,18 +100,14 @@ def correct_in(letters):
     """(questions,) 1.0 where the answer is correct, from the letters of a row's `graded`."""
     return np.array([letter == "c" for letter in letters], float)
 
-def accuracies(columns):
-    """{column: (questions,) 0 or 1} -> ({column: accuracy}, {column: interval})."""
-    return ({column: float(values.mean()) for column, values in columns.items()},
-            {column: interval(values) for column, values in columns.items()})
-
-def accuracies_and_all(columns):
-    """`accuracies`, with a column `all`: over the questions of all columns."""
-    means, ci95 = accuracies(columns)
-    if columns:
-        means["all"] = float(np.concatenate(list(columns.values())).mean())
-        ci95["all"] = interval(*columns.values())
-    return means, ci95
+def accuracies(columns, with_all=False):
+    """{column: (questions,) 0 or 1} -> ({column: accuracy}, {column: interval}); `with_all` has a
+    column `all` besides, over the questions of all columns."""
+    groups = {column: [values] for column, values in columns.items()}
+    if with_all and columns:
+        groups["all"] = list(columns.values())
+    return ({column: float(np.concatenate(values).mean()) for column, values in groups.items()},
+            {column: interval(*values) for column, values in groups.items()})
 
 def make_prompts(policy, questions, with_answer=False, direct=False):
     """Prompts of questions: the picture (one from a file: a function that opens it) and the
@@ -202,10 +198,6 @@ def is_official(text, record):
 
 def official_extraction(text, record):
     """MathVista's extraction of the answer from a response: a str, "" if there is none."""
-    for kind, number in (("integer", int), ("float", float)):
-        if record["answer_type"] == kind:
-            with suppress(ValueError, OverflowError):
-                return str(number(text))
     if record["question_type"] == "multi_choice" and text in record["choices"]:
         return text
     if quick := re.search(r'The answer is "(.*)"\.', text):        # its own quick rule
@@ -279,28 +271,26 @@ def explore(policy, questions, temperatures, how, reward=None):
     """Sample how.rollouts (n) responses to each question at each of the temperatures, at 0 a greedy
     one, with the same random numbers at every temperature: {temperature: Look}.
     reward(prompts, [question][n] of tokens) gives [question][n] of R_p."""
-    temperature_of, streams = [], []               # of each of the responses to a question
+    temperature_of, streams, own = [], [], {}      # of each of the responses to a question
     for temperature in temperatures:
         numbers = range(1, how.rollouts + 1) if temperature else [0]
+        own[temperature] = slice(len(streams), len(streams) + len(numbers))
         temperature_of += [temperature] * len(numbers)
         streams += numbers                                         # of random numbers
     how = how._replace(rollouts=len(streams), temperature=temperature_of, streams=streams)
     prompts = make_prompts(policy, questions)
-    all_texts, all_responses = sample_texts(policy, prompts, how, "validation")
+    texts, responses = sample_texts(policy, prompts, how, "validation")
     rewards = None
     if reward:                                     # at once: temperatures share many responses
-        rewards = np.array(reward(prompts, tokens_of(all_responses)))                  # (Q, all)
-    looks = {}
-    for temperature in temperatures:
-        first = temperature_of.index(temperature)
-        own = slice(first, first + temperature_of.count(temperature))
-        texts = [group[own] for group in all_texts]
-        responses = [group[own] for group in all_responses]
-        grades = []
-        for question, group in zip(questions, texts):
-            grades.append([grade(text, question) for text in group])
-        looks[temperature] = Look(texts, responses, np.array(grades) == "correct",
-                                  None if rewards is None else rewards[:, own])
+        rewards = np.array(reward(prompts, tokens_of(responses)))  # (Q, all)
+    is_correct = []
+    for question, group in zip(questions, texts):
+        is_correct.append([grade(text, question) == "correct" for text in group])
+    is_correct, looks = np.array(is_correct), {}                   # (Q, all)
+    for temperature, part in own.items():
+        looks[temperature] = Look([group[part] for group in texts],
+                                  [group[part] for group in responses], is_correct[:, part],
+                                  None if rewards is None else rewards[:, part])
     return looks
 
 def pass_metrics(look, L, ks):
@@ -374,13 +364,8 @@ def interval(*groups, draws=2000):
     luck of a run is in results/tables.py, which sees several."""
     rng, means = np.random.default_rng(0), []
     for values in groups:
-        values = np.asarray(values, float)
-        n, parts = len(values), []
-        at_once = max(1, 10**6 // n)                               # draws; all may take gigabytes
-        for i in range(0, draws, at_once):
-            picked = rng.integers(n, size=(min(at_once, draws - i), n))    # with replacement
-            parts.append(values[picked].mean(axis=1))
-        means.append(np.concatenate(parts))                        # (draws,)
+        values, n = np.asarray(values, float), len(values)
+        means.append([values[rng.integers(n, size=n)].mean() for _ in range(draws)])
     means = np.average(means, axis=0, weights=[len(values) for values in groups])      # (draws,)
     return np.percentile(means, [2.5, 97.5]).tolist()
 
@@ -416,11 +401,9 @@ def with_official(rows):
                           "ood": official["ood"], "ci95": ci95})
     return shown
 
-def percent(part, whole=1):
-    """"12.3 %"; "-" if the whole is 0, "not known" if the part is None."""
-    if part is None:
-        return "not known"
-    return f"{100 * part / whole:.1f} %" if whole else "-"
+def percent(part, none="not known"):
+    """"12.3 %"; or `none`, if there is no such share."""
+    return none if part is None else f"{100 * part:.1f} %"
 
 def as_text(values):
     """A number per question as one short text, "-" for None: as a list, JSON would give each a
@@ -483,18 +466,12 @@ def one_line_errors(program, advice, *bad_input):
 def compare(folders):
     """The main rows of finished runs on the same questions, the first of them first, and the paired
     gains of the others over it: (rows, {name: gain}). ValueError if they cannot be compared."""
-    rows, runs = [], []
-    for folder in folders:
-        report = read_json(Path(folder) / "report.json")
-        config = {**report["config"], "out": ""}                   # wherever the run lies
-        config["questions"] = report["questions"]                  # a checksum
-        if runs and config["questions"] != runs[0][0]["questions"]:
-            raise ValueError("the runs were tested on different questions: they cannot be paired")
+    reports = [read_json(Path(folder) / "report.json") for folder in folders]
+    if len({report["questions"] for report in reports}) > 1:       # checksums
+        raise ValueError("the runs were tested on different questions: they cannot be paired")
+    rows = []
+    for folder, report in zip(folders, reports):
         row = next(row for row in report["rows"] if row["name"] == report["mine"])
-        run = config, row["graded"]            # same flags, other grades: made by other code
-        if run in runs:
-            raise ValueError(f"{folder} is the run {folders[runs.index(run)]} once more")
-        runs.append(run)
         rows.append({**row, "name": f"{folder}: {row['name']}"})
     return rows, {row["name"]: paired_gain(row, rows[0]) for row in rows[1:]}
 
@@ -517,26 +494,23 @@ def main(argv=None):
     bad_input = ValueError, KeyError, TypeError
     with one_line_errors("evaluate.py", f"{' '.join(folders)}: not what runs leave", *bad_input):
         if len(folders) > 1:
-            rows, gains = compare(folders)
-            comparison = {"rows": rows, "gain_over_first": gains}
-            write_json(Path(folders[0]) / "comparison.json", comparison)
-        else:
-            config = read_json(Path(folders[0]) / "config.json")
-            if flags:
-                config |= {"testbed": "", "skip_missing": 1, **flags, "splits": {"test": math.inf}}
-            tokenizer = tokenizer_for(config["policy"])
-            policy = load_network(Path(folders[0]) / "policy.safetensors", tokenizer,
-                                  available_devices()[0])
-    if len(folders) == 1:
-        with one_line_errors("evaluate.py", "nothing is lost", ValueError):
-            world = world_of(config)
-            rows = [evaluate_policy(folders[0], policy, world, config["max_new_tokens"],
-                                    direct=config["method"] == "sft")]
+            return print_comparison(*compare(folders))
+        config = read_json(Path(folders[0]) / "config.json")
+        if flags:
+            config |= {"testbed": "", "skip_missing": 1, **flags, "splits": {"test": math.inf}}
+        policy = load_network(Path(folders[0]) / "policy.safetensors",
+                              tokenizer_for(config["policy"]), available_devices()[0])
+    with one_line_errors("evaluate.py", "nothing is lost", ValueError):
+        row = evaluate_policy(folders[0], policy, world_of(config), config["max_new_tokens"],
+                              direct=config["method"] == "sft")
+    print(format_table([row]))
+    accuracy, ci95 = row["id"]["all"], row["ci95"]["id"]["all"]
+    name = f"accuracy on {flags['data']}" if flags else "in-domain accuracy"
+    print(f"{name} {percent(accuracy)} [{percent(ci95[0])}, {percent(ci95[1])}]")
+
+def print_comparison(rows, gains):
+    """What `compare` returns, on screen: in domain last."""
     print(format_table(rows))
-    if len(folders) == 1:
-        accuracy, ci95 = rows[0]["id"]["all"], rows[0]["ci95"]["id"]["all"]
-        print(f"in-domain accuracy {percent(accuracy)} [{percent(ci95[0])}, {percent(ci95[1])}]")
-        return
     for name, gain in gains.items():
         for key, where in (("ood", "out of domain"), ("id", "in domain")):
             if key in gain:

@@ -59,8 +59,7 @@ class Config:
     out: str = setting("", "folder of the run; empty: runs/PRESET-METHOD-seedN, a number if taken")
     preset: str = setting("cpu", "sizes; gpu where CUDA is found")
     method: str = setting("mstar", "the method to run; by default it is compared to others")
-    arms: str = setting("", "several methods, comma-separated, from one pi_0 and one PRM; what is "
-                        "typed is for all of them, but for what makes a method what it is")
+    arms: str = setting("", "several methods, comma-separated, from one pi_0 and one PRM")
     seed: int = setting(0, "of weights, order of the data, sampling", 0)
     device: str = setting("", "empty: cuda, then mps, then cpu")
     # the world: our own, or questions from files
@@ -411,7 +410,7 @@ def stage_warmup(cfg, base, world):
     texts, _ = sample_texts(base, with_answers, how, "warm-up: base explains answers")
     kept, outcomes = unique_correct(questions, texts)
     unsound = share_unsound(questions, kept)
-    share_correct = percent(outcomes["correct"], outcomes.total())
+    share_correct = percent(outcomes["correct"] / outcomes.total())
     print(f"warm-up   {share_correct} of {outcomes.total():,} responses correct, {len(kept):,} "
           f"different ones kept, unsound {percent(unsound)}", flush=True)
     pi_0 = copy.deepcopy(base)                                     # the base is still needed
@@ -534,10 +533,10 @@ def run_stages(cfg, out, command, program="mstar"):
         world = world_of({**asdict(cfg), "splits": cfg.splits})    # the same for all seeds
         for question in chain.from_iterable(world.values()) if cfg.data else ():
             tokenizer.prompt(question.text, question.answer)       # does it know all the words?
-    except (OSError, ValueError) as error:                         # such as: not enough pictures
+    except (OSError, ValueError, KeyboardInterrupt) as error:      # such as: not enough pictures
         if not RANK and not any(out.iterdir()):                    # nothing was begun
             out.rmdir()
-        fail(error)
+        fail(str(error) or "stopped")
     check_identity(cfg, out, command, program, world, tokenizer)
     run = Run(out, cfg.method, tokenizer, cfg.device or available_devices()[0])
     print(f"run       {out}: {cfg.arms} from {cfg.policy}, preset {cfg.preset}, seed {cfg.seed}, "
@@ -622,8 +621,8 @@ def run_arm(cfg, base, pi_0, prm, world, run):
     return {"row": row, "lines": lines, "updates": updates}
 
 def arms_of(cfg):
-    """The Configs of the arms to run: cfg without the switches of its own method, with theirs. So
-    a switch that was typed is for all arms but those that set it themselves."""
+    """The Configs of the arms to run: cfg without the switches of its own method, with theirs. (A
+    typed switch is for all arms: `parse` refuses one that an arm sets.)"""
     preset = PRESETS[cfg.preset]
     arms = []
     plain = {name: preset.get(name, getattr(Config, name)) for name in METHODS[cfg.method]}
@@ -691,13 +690,16 @@ def parse(argv):
         fail(f"--arms {arms}: one is there twice")
     if method not in arms.split(","):
         fail(f"--arms {arms}: --method {method} must be among them")
-    for name, value in METHODS[method].items():
-        # its row, or those of other arms, would bear a false name
-        if name in typed and (typed[name] != value or "," in arms):
-            fail(f"--{name} {typed[name]}: {method} is made of --{name} {value}; leave the flag "
-                 "out, or name other --arms")
+    for arm in arms.split(","):
+        for name, value in METHODS[arm].items():
+            # its row, or those of other arms, would bear a false name
+            if name in typed and (typed[name] != value or "," in arms):
+                fail(f"--{name} {typed[name]}: {arm} is made of --{name} {value}; leave the flag "
+                     "out, or name other --arms")
     cfg = Config(**{**PRESETS[preset], **METHODS[method], **typed, "preset": preset, "arms": arms,
                     "method": method})
+    if "recipe" in typed and cfg.policy != "scratch":
+        fail(f"--recipe {cfg.recipe}: makes a base; add --policy scratch")
     check(cfg)
     return cfg, None
 
@@ -731,6 +733,13 @@ def check(cfg):
             fail(f"--policy: {error}{advice}")
         if size % 64 and not cfg.data:                             # the canvas has 64 units
             fail(f"--policy {cfg.policy}: reads pictures of {size} pixels, no multiple of 64")
+    if Path(cfg.policy).is_file() and not cfg.data:                # a base of ours saw all pictures
+        about = read_json(Path(cfg.policy).with_suffix(".json"))   # but those of its world's tests
+        made = about.get("splits", cfg.splits)
+        larger = any(cfg.splits[split] > made[split] for split in ("test", "validation", *TESTBEDS))
+        if larger or about.get("world_seed", cfg.world_seed) != cfg.world_seed:
+            fail(f"--policy {cfg.policy}: has seen pictures of these tests; keep to the world_seed "
+                 "and the sizes of tests in its .json, or make another by --policy scratch")
     if len({arm.iterations * arm.questions_per_iteration for arm in arms_of(cfg)}) > 1:
         fail(f"--epochs {cfg.epochs:g} of --labeled {cfg.labeled}, or --evolve_questions, arms of "
              "different --interval do not ask equally many: take whole epochs, and questions that "

@@ -16,7 +16,7 @@ import argparse
 import math
 import random
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from data import oracle, sound, world_of
+from data import oracle_of_steps, sound, world_of
 from evaluate import (answer_greedily, as_text, auc, find_answer, gold_of, grade, make_prompts,
                       one_line_errors, percent, run_command, sample_texts, tokens_of)
 from model import (WORKERS, DecoderBlock, Example, Optimizer, Policy, Sampling, adamw,
@@ -221,30 +221,25 @@ def response_rewards(prm, prompts, responses):
 
 # ---------------------------------------------------------------- selection and voting
 
-def by_question(responses):
-    """[(question index, text)] -> {question index: its texts}, in order, whatever the input's."""
-    groups = defaultdict(list)
-    for question, text in sorted(responses):
-        groups[question].append(text)                              # in order: they are sorted
-    return groups
-
 def top_k(responses, rewards, k):
     """The paper's H = Top-K: of [(question index, text)], the k of each question with the largest
     R_p, one of `rewards` for each. The order of the input changes nothing; equal rewards are
     ordered by text (our choice). Returns a sorted list."""
-    reward = dict(zip(responses, rewards))
-    kept = []
-    for question, texts in by_question(responses).items():
-        best = sorted(texts, key=lambda text: (-reward[question, text], text))[:k]  # then by text
-        kept += [(question, text) for text in best]
+    kept, places = [], Counter()                                   # how many a question has so far
+    for _, (question, text) in sorted(zip([-reward for reward in rewards], responses)):
+        places[question] += 1
+        if places[question] <= k:
+            kept.append((question, text))
     return sorted(kept)
 
 def random_k(responses, k, seed):
     """The control for `top_k`: k of each question by chance."""
-    rng = random.Random(seed)                                      # one stream for all questions
-    kept = []
-    for question, texts in by_question(responses).items():
-        kept += [(question, text) for text in rng.sample(texts, min(k, len(texts)))]
+    rng, kept = random.Random(seed), []                            # one stream for all questions
+    groups = defaultdict(list)
+    for response in sorted(responses):
+        groups[response[0]].append(response)
+    for group in groups.values():
+        kept += rng.sample(group, min(k, len(group)))
     return sorted(kept)
 
 def weighted_vote(answers, weights):
@@ -299,9 +294,10 @@ def audit(pi_0, prm, labels, labeled, questions, max_new_tokens, n=16):
             numbers[name].append(is_correct)
         for name, number in compare_top_2(question, group, rewards, likely).items():
             numbers[name].append(number)
-        for text, steps in zip(group, of_group) if question.facts else ():
+        for response, text, steps in zip(sampled, group, of_group) if question.facts else ():
             step_scores += steps
-            true_steps += oracle(question, text)[:len(steps)]      # a cut text may end in a break
+            written = pi_0.tokenizer.steps(response.tokens)
+            true_steps += oracle_of_steps(question, text, written)
     _, greedy = answer_greedily(pi_0, questions, max_new_tokens, "audit: greedy")
     numbers["greedy"] = [outcome == "correct" for outcome in greedy]
     mean = {}
@@ -310,9 +306,9 @@ def audit(pi_0, prm, labels, labeled, questions, max_new_tokens, n=16):
         mean[name] = float(np.mean(known)) if known else None
     true_labeled, targets = [], []
     for label in labels if labeled[0].facts else ():
-        text = pi_0.tokenizer.decode(label.tokens)
+        text, written = pi_0.tokenizer.decode(label.tokens), pi_0.tokenizer.steps(label.tokens)
         targets += label.targets
-        true_labeled += oracle(labeled[label.question], text)[:len(label.targets)]
+        true_labeled += oracle_of_steps(labeled[label.question], text, written)
     return {"mean": mean, "by_question": {name: as_text(v) for name, v in numbers.items()},
             "auc_of_labels": auc(true_labeled, targets),
             "auc_of_scores": auc(true_steps, step_scores)}
@@ -359,23 +355,21 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description="Hold the PRM of a run against the oracle.")
     parser.add_argument("run", metavar="runs/NAME", help="the folder of a run")
     parser.error = lambda message: parser.exit(2, f"prm.py: {message}; see --help\n")
-    folder = Path(parser.parse_args(argv).run)
-    began = time.time()
+    folder, began = Path(parser.parse_args(argv).run), time.time()
     bad_input = (ValueError, KeyError, TypeError)
     with one_line_errors("prm.py", f"{folder}: not the folder of a run with a PRM", *bad_input):
         config = read_json(folder / "config.json")
-        tokenizer = tokenizer_for(config["policy"])
-        device = available_devices()[0]
+        tokenizer, device = tokenizer_for(config["policy"]), available_devices()[0]
         pi_0 = load_network(folder / "pi_0.safetensors", tokenizer, device)
         prm = load_network(folder / "prm.safetensors", tokenizer, device, RewardModel)
         labels = [StepLabels(**label) for label in read_json(folder / "labels.json")["labels"]]
         world = world_of(config)
-        labeled = world["labeled"][config["warmup_questions"]:]      # those behind the warm-up's
+    labeled = world["labeled"][config["warmup_questions"]:]        # those behind the warm-up's
     with one_line_errors("prm.py", f"{folder}/audit.json is as it was"):
         result = audit(pi_0, prm, labels, labeled, world["test"], config["max_new_tokens"])
         write_json(folder / "audit.json", {**result, "seconds": time.time() - began})
     for name, number in result["mean"].items():
-        print(f"{name:<20} {number if number is None else round(number, 4)}")
+        print(f"{name:<20} {'not known' if number is None else round(number, 4)}")
     print(f"AUC against the oracle's true steps: labels {percent(result['auc_of_labels'])}, scores "
           f"{percent(result['auc_of_scores'])}")
 

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from data import oracle, sound
+from data import oracle_of_steps, sound
 from evaluate import (columns_of, format_table, grade, make_prompts, one_line_errors, paired_gain,
                       percent, points, run_command, sample_texts, testbeds_of, tokens_of,
                       with_official)
@@ -53,7 +53,7 @@ def make_report(cfg, run, command, world, rows, mine, lines):
     others = [row for row in rows if my_row and row is not my_row]
     chip = torch.cuda.get_device_name() if run.device == "cuda" else platform.machine()
     seconds = {name: round(about["seconds"], 1) for name, about in run.about.items()}
-    prm, audited = run.about.get("prm"), run.about.get("audit")
+    audited = run.about.get("audit")
     return {"command": command, "config": asdict(cfg), "method": cfg.method, "seed": cfg.seed,
             "device": f"{run.device}, {chip}, {WORKERS} worker{'s' * (WORKERS > 1)}",
             "versions": {"python": platform.python_version(), "torch": torch.__version__,
@@ -62,7 +62,6 @@ def make_report(cfg, run, command, world, rows, mine, lines):
             "mine": mine, "iterations": lines,
             "updates": {name.removeprefix("arm "): about["updates"]
                         for name, about in run.about.items() if "updates" in about},
-            "prm": prm and {key: prm[key] for key in ("steps", "good", "auc")},
             "audit": audited and audited["by_question"],
             "tasks": " ".join(question.task for question in world["test"]),
             "questions": seed_for(0, [world[split] for split in ("test", *testbeds_of(world))]),
@@ -71,9 +70,11 @@ def make_report(cfg, run, command, world, rows, mine, lines):
 def print_report(report):
     """The result of a run on screen: table, how sound and true texts are, last the main gain."""
     print(f"\n{format_table(report['rows'])}\n")
+    none = "not known" if report["config"]["data"] else "-"        # "-": there was none
     for row in report["rows"]:
+        unsound, readings = percent(row["unsound"], none), percent(row["readings"]["test"], none)
         print(f"{row['name']}: unparseable {percent(row['unparseable'])}, unsound (of the correct) "
-              f"{percent(row['unsound'])}, readings true {percent(row['readings']['test'])}")
+              f"{unsound}, readings true {readings}")
     stages = ", ".join(f"{name} {s / 60:.1f}" for name, s in report["stages"].items())
     print(f"{report['seconds'] / 60:.1f} minutes on {report['device']}: {stages}")
     others = sorted(report["gain_over"], key=lambda name: name.startswith("pi_0"))     # pi_0 last
@@ -103,7 +104,7 @@ def write_samples(cfg, run, select, policy, pi_0, prm, world, temperature, itera
     scores, labels = None, {}
     if prm:
         scores = score(prm, prompts, tokens_of(responses))
-        rollouts = Sampling(cfg.prm_rollouts, cfg.prm_temperature, cfg.max_new_tokens, seed)
+        rollouts = Sampling(cfg.prm_rollouts, cfg.prm_temperature, cfg.max_new_tokens, seed + 1)
         for label in label_responses(pi_0, questions, prompts, tokens_of(responses), rollouts):
             labels[label.question, tuple(label.tokens)] = label.targets
     grades, correct = [], set()
@@ -121,17 +122,15 @@ def write_samples(cfg, run, select, policy, pi_0, prm, world, temperature, itera
                       "answer": question.answer, "responses": []})
         for l, text in enumerate(texts[i]):
             first = texts[i].index(text) == l                      # a repeat is not selected
-            steps, tokens, tokenizer = [], responses[i][l].tokens, policy.tokenizer
-            ends = [0, *(end + 1 for end in tokenizer.step_ends(tokens))]
-            for start, end in zip(ends, ends[1:]):                 # a step may hold several breaks
-                steps.append(tokenizer.decode(tokens[start:end]))
+            tokens, known = responses[i][l].tokens, bool(question.facts)   # to the oracle
+            steps = policy.tokenizer.steps(tokens)
             shown[-1]["responses"].append({
                 "text": text, "steps": steps, "grade": grades[i][l],
                 "selected": first and (i, text) in selected,
                 "truncated": not responses[i][l].complete, "scores": scores and scores[i][l],
                 "labels": labels.get((i, tuple(tokens))),
-                "oracle": oracle(question, text) if question.facts else None,      # not known
-                "sound": sound(question, text) if question.facts else None})
+                "oracle": oracle_of_steps(question, text, steps) if known else None,
+                "sound": sound(question, text) if known else None})
     write_json(folder / f"{iteration}.json",
                {"iteration": iteration, "temperature": temperature, "questions": shown})
 
@@ -183,7 +182,8 @@ def html_head(report, config, lines):
     """What came out, at what cost, by which command; or how far an unfinished run has come."""
     command = f"<p><code>{escape(config['command'])}</code></p>"
     if not report:
-        return f"<h1>Unfinished: {len(lines)} iterations of {escape(config['arms'])}</h1>{command}"
+        number = sum(line["iteration"] > 0 for line in lines)
+        return f"<h1>Unfinished: {number} iterations of {escape(config['arms'])}</h1>{command}"
     rows, row = [], next(row for row in report["rows"] if row["name"] == report["mine"])
     for other in with_official(report["rows"]):
         pairs = zip(columns_of(other).values(), columns_of(other["ci95"]).values())
@@ -308,9 +308,9 @@ def html_samples(rounds, folder):
     for name, options in filters.items():
         items = "".join(f"<option>{option}" for option in ("any", *options))
         bar += f"<label>{name} <select id='{name}'>{items}</select></label>"
-    return ("<p class='soft'>A step's colour is the PRM's score, 0 orange to 1 blue; the smallest "
-            "is R_p. rollouts: share of pi_0's completions from there that are correct. ✓ ✗: the "
-            "oracle (✗ also if a number comes from nowhere). Framed: selected."
+    return ("<p class='soft'>With a PRM, a step's colour is its score, 0 orange to 1 blue (the "
+            "smallest is R_p). rollouts: share of pi_0's completions from there that are correct. "
+            "✓ ✗: the oracle (✗ also if a number comes from nowhere). Framed: selected."
             f"</p><div class='filter' hidden>{bar}</div>{''.join(articles)}")
 
 def html_response(r, times):
@@ -324,8 +324,8 @@ def html_response(r, times):
                                                                ("labels", "rollouts")) if r[key]]
         if r["oracle"]:
             notes.append("✓ true" if r["oracle"][i] else "✗ false")
-        shade = r["scores"][i] if r["scores"] else 0.5
-        steps += f"<li style='--s: {shade:.2f}'>{escape(text)}<small>{' · '.join(notes)}</small>"
+        shade = f" style='--s: {r['scores'][i]:.2f}'" if r["scores"] else ""
+        steps += f"<li{shade}>{escape(text)}<small>{' · '.join(notes)}</small>"
     return (f"<li class='response{' selected' * r['selected']}' data-outcome='{' '.join(outcome)}'>"
             f"<b>{', '.join(outcome)}</b>{f' ×{times}' if times > 1 else ''}<ol>{steps}</ol></li>")
 

@@ -36,7 +36,6 @@ SIZES = {"small": "-small", "medium": "", "large": "-large"}       # of Table 5:
 SAME_ROUNDS = (("iterative_rft", "rest_em", "continuous_100"),
                ("prm_watched", "mstar_watched", "mstar_pass_at_k"),
                ("prm", "mstar", "mstar_pass_at_k", "vote_25", "vote_50", "vote_75"))
-WATCHED = ("0.5", "1.0", "1.5")                                    # temperatures that figures show
 
 # ---------------------------------------------------------------- running a table
 
@@ -56,14 +55,20 @@ def main(argv=None):
             mstar.fail(f"{name} sets --{flag} itself, leave it out")
     arms = ",".join(arm for arm in TABLES[name] if arm not in ("base", "pi_0"))
     cfg, _ = mstar.parse([*flags, "--arms", arms])
+    if name == "dynamics" and min(cfg.rollouts_per_question, cfg.monitor_rollouts) < 2:
+        mstar.fail("dynamics: Reward-Pass@2 needs 2 --rollouts_per_question and --monitor_rollouts")
     for suffix in SIZES.values() if name == "table5" else ():
         mstar.check(of_size(cfg, suffix))
+    file = Path(f"results/{cfg.preset}-{name}.json")
+    with one_line_errors("results.tables", "move it away", ValueError):
+        before = read_json(file) if file.exists() else None
     with one_line_errors("results.tables", "what was saved is whole, the same command goes on"):
-        return run_table(name, cfg, seeds, " ".join(["python -m results.tables", *argv]))
+        command = " ".join(["python -m results.tables", *argv])
+        return run_table(name, cfg, seeds, command, file, before)
 
-def run_table(name, cfg, seeds, command):
-    """Each seed has a folder, in which pi_0, PRM and finished arms stay. Writes and returns
-    results/PRESET-NAME.json; beside them with --out, or where more seeds or settings differ."""
+def run_table(name, cfg, seeds, command, file, before):
+    """Each seed has a folder, in which pi_0, PRM and finished arms stay. Writes and returns `file`;
+    beside them with --out, or where it held (`before`) more seeds or other settings."""
     folder, reports = Path(cfg.out or f"runs/{cfg.preset}-tables"), []
     for size, suffix in SIZES.items() if name == "table5" else [("medium", "")]:
         for seed in range(seeds):
@@ -72,8 +77,7 @@ def run_table(name, cfg, seeds, command):
             sized = replace(of_size(cfg, suffix), seed=seed, out=str(out))
             reports.append({**mstar.run_stages(sized, out, command, "tables"), "size": size})
     result = make_table(name, reports, command)
-    file = Path(f"results/{cfg.preset}-{name}.json")
-    before = read_json(file) if file.exists() else result
+    before = before or result
     if cfg.out or len(before["seeds"]) > seeds or settings(before) != settings(result):
         file = folder / file.name
     file.parent.mkdir(exist_ok=True)
@@ -326,7 +330,7 @@ def format_table(result):
     columns = [column for column in columns_of(result["arms"][0]["row"]) if column in shown]
     has_unsound = all(arm["row"].get("unsound") is not None for arm in result["arms"])
     theirs = ["average"] if name == "table5" else ["ID", "OOD", *TASKS]
-    theirs = theirs[:len(result["arms"][0]["paper"])]
+    theirs = [f"paper: {column}" for column in theirs[:len(result["arms"][0]["paper"])]]
     rows = []
     for (size, _), arms in groups.items():
         ours = [mean_percent(arms, lambda arm: columns_of(arm["row"])[one]) for one in columns]
@@ -335,7 +339,6 @@ def format_table(result):
         rows.append([f"{size}: " * (name == "table5") + arms[0]["words"],
                      *map("{:.1f}".format, ours), *arms[0]["paper"],
                      f"{arms[0]['responses']:,}", f"{arms[0]['updates']:,}"])
-    theirs = [f"paper: {column}" for column in theirs]
     ours = [*columns, *["unsound, of correct"] * has_unsound]
     lines = markdown([f"{name}, %", *ours, *theirs, "responses", "updates"], rows)
     for arms in groups.values() if name == "dynamics" else ():
@@ -366,7 +369,7 @@ def format_table(result):
 
 FIGURES = {"greedy": lambda line: line["greedy_accuracy"],         # curves, of metrics.jsonl
            **{f"pass@k, T = {t}": lambda line, t=t: line["watched"]["surface"][t]["pass_at_k"]
-              for t in WATCHED},
+              for t in ("0.5", "1.0", "1.5")},
            "Reward-Pass@2": lambda line: line["reward_pass_at_2"]}
 
 def watched(runs):
@@ -383,22 +386,21 @@ def html_dynamics(arms):
         runs = [one["iterations"] for one in arms if one["arm"] == arm]
         return [(same[0]["iteration"], mean_percent(same, get)) for same in watched(runs)]
 
+    def both(get):
+        return {"T = 1": curve("prm_watched", get), "adaptive T": curve("mstar_watched", get)}
+
     one = {title: curve("prm_watched", get) for title, get in FIGURES.items()}
     del one["Reward-Pass@2"]
-    greedy, gaps, both = one.pop("greedy"), {}, {}
+    greedy, gaps = one.pop("greedy"), {}
     for title, line in one.items():
         gaps[title] = [(x, y - g) for (x, y), (_, g) in zip(line, greedy)]
     one["greedy"] = greedy                     # last: a temperature has one colour in both charts
-    for title, get in (("Reward-Pass@2", FIGURES["Reward-Pass@2"]),
-                       ("Pass@K", lambda line: line["pass_at_k"])):
-        both[title] = {"T = 1": curve("prm_watched", get),
-                       "adaptive T": curve("mstar_watched", get)}
     charts = (line_chart("Figures 3 and 4a: greedy and Pass@K", "%", one,
                          "The paper: greedy accuracy rises, Pass@K falls at every temperature."),
               line_chart("Figure 4b: Pass@K minus greedy", "points", gaps, "The paper: shrinks."),
-              line_chart("Figures 4c and 5: Reward-Pass@2", "%", both["Reward-Pass@2"],
+              line_chart("Figures 4c and 5: Reward-Pass@2", "%", both(FIGURES["Reward-Pass@2"]),
                          "The paper: it saturates early, and stays higher with the adaptive T."),
-              line_chart("Figure 5: Pass@K at the run's T", "%", both["Pass@K"],
+              line_chart("Figure 5: Pass@K at the run's T", "%", both(itemgetter("pass_at_k")),
                          "The paper: it stays higher with the adaptive temperature."))
     return f"<h1>dynamics</h1><div class='charts'>{''.join(charts)}</div>"
 

@@ -10,8 +10,8 @@ import pytest
 from PIL import Image
 
 import data
-from data import (COMPOSE, IN_DOMAIN, SIZE, TASKS, TESTBEDS, build_world, oracle, render, sound,
-                  write_reasoning)
+from data import (COMPOSE, IN_DOMAIN, SIZE, TASKS, TESTBEDS, Tokenizer, build_world, oracle,
+                  oracle_of_steps, render, sound, write_reasoning)
 from evaluate import grade
 from weights.base import write_caption
 
@@ -38,6 +38,21 @@ def test_oracle_rejects_a_reasoning_with_any_number_changed(world):
             for other in {true + 1, true - 1, 50} - {true}:
                 changed = text[:number.start()] + str(other) + text[number.end():]
                 assert not sound(question, changed), (question, text, number, other)
+
+def test_verdicts_of_steps_are_those_of_their_lines(world):
+    """Also where one token holds several line breaks, as in public tokenizers."""
+    for question in world["test"][:20]:
+        lines = write_reasoning(question, random.Random(0)).split("\n")
+        lines[1] = "answer is 7"                                   # nothing of the picture
+        text = "\n".join(lines)
+        steps = Tokenizer().steps(Tokenizer().encode(text))
+        assert "".join(steps) == text and oracle_of_steps(question, text, steps) == \
+            oracle(question, text) and oracle(question, text)[0] and not oracle(question, text)[1]
+        wide = [f"{line}\n\n" for line in lines[:-1]] + lines[-1:]
+        assert oracle_of_steps(question, "".join(wide), wide) == oracle(question, text)
+        cut = text.split("answer")[0]                              # it ends in a line break
+        steps = Tokenizer().steps(Tokenizer().encode(cut))
+        assert oracle_of_steps(question, cut, steps) == oracle(question, cut)[:-1]
 
 def test_oracle_rejects_numbers_from_nowhere_and_noise(world):
     question = world["test"][0]

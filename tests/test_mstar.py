@@ -3,6 +3,7 @@ import json
 import random
 from collections import Counter
 from dataclasses import fields, replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -20,6 +21,7 @@ from prm import RewardModel
 from weights.base import RECIPES, arithmetic
 
 TINY = ["--preset", "test", "--epochs", "0.5"]
+BASE = str(Path(mstar.__file__).parent / "weights/base.safetensors")
 EIGHT = ["--labeled", "8", "--warmup_questions", "2", "--prm_questions", "2"]
 METRICS = {"greedy_accuracy": 0, "pass_at_1": 0, "pass_at_k": 0, "k": 4, "unsound": 0,
            "entropy": 0, "unparseable": 0, "truncated": 0}
@@ -441,11 +443,11 @@ def test_methods_and_presets_name_fields_that_are_there():
     (["--interval", "0.25", "--keep_top", "4"], "sft,continuous,prm,mstar", "mstar", "top"),
     (["--method", "continuous"], "continuous", "continuous", "all"),
     (["--arms", "sft,prm"], "sft,prm", "prm", "top"),
-    (["--arms", "continuous,prm", "--method", "continuous", "--select", "random"],
-     "continuous,prm", "continuous", "random")])
+    (["--method", "continuous", "--select", "random"], "continuous", "continuous", "random"),
+    (["--arms", "continuous,prm", "--method", "continuous"], "continuous,prm", "continuous",
+     "all")])
 def test_what_is_run(flags, arms, method, select):
-    """Everything by default, a method alone when it is named; typed switches are for all arms but
-    those that set them themselves."""
+    """Everything by default, a method alone when it is named; what is typed is for all arms."""
     cfg = config(*flags)
     assert (cfg.arms, cfg.method, cfg.select) == (arms, method, select)
     by_method = {arm.method: arm for arm in mstar.arms_of(cfg)}
@@ -472,8 +474,14 @@ def test_what_is_run(flags, arms, method, select):
     (["--arms", "prm,prm"], "twice"),
     (["--temperature", "0.7"], "mstar is made of --temperature adaptive"),
     (["--method", "top_4", "--keep_top", "3"], "top_4 is made of --keep_top 4"),
-    # as it is, but not for the other arm: it would depend on which is named last
+    # as it is, but not for the other arm, whichever is named last
     (["--arms", "continuous,prm", "--select", "top"], "prm is made of --select top"),
+    (["--arms", "prm,continuous", "--select", "random"], "prm is made of --select top"),
+    (["--policy", BASE, "--recipe", "cpu-small"], "--recipe cpu-small"),
+    # a base has seen pictures that only the tests of its own world leave out
+    (["--policy", BASE, "--world_seed", "1"], "has seen pictures of these tests"),
+    (["--policy", BASE, "--test", "751"], "has seen pictures of these tests"),
+    (["--policy", BASE, "--testbed_questions", "251"], "has seen pictures of these tests"),
     (["--preset", "tiny"], "tiny"),
     (["--arms", "prm,top_1", "--keep_top", "3"], "--keep_top 3"),
     (["--keep_top", "0"], "--keep_top"), (["--prm_questions", "1"], "--prm_questions"),
@@ -496,6 +504,17 @@ def test_wrong_use_exits_2_with_one_line_and_writes_nothing(flags, named, tmp_pa
     error = capsys.readouterr().err
     assert stop.value.code == 2 and error.count("\n") == 1 and named in error
     assert not list(tmp_path.iterdir())
+
+
+def test_stopped_before_anything_was_begun_it_leaves_nothing(tmp_path, capsys, monkeypatch):
+    def stop(config):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(mstar, "world_of", stop)
+    with pytest.raises(SystemExit):
+        mstar.main([*TINY, "--out", str(tmp_path / "new")])
+    error = capsys.readouterr().err
+    assert "stopped" in error and "--resume" not in error and not list(tmp_path.iterdir())
 
 
 def test_a_world_without_enough_pictures_is_one_line(tmp_path, capsys, monkeypatch):

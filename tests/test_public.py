@@ -120,6 +120,8 @@ DIGITS, BYTES = {"type": "Digits", "individual_digits": True}, {"type": "ByteLev
                                     {"model": {"type": "BPE", "vocab": {}}},
                                     {"model": {"type": "BPE", "vocab": {"a": 0}, "merges": []},
                                      "added_tokens": []},          # no end token
+                                    {"model": {"type": "BPE", "vocab": {"a": "b"}, "merges": []}},
+                                    {"model": {"type": "BPE", "vocab": {"a": 0}, "merges": [1]}},
                                     {"pre_tokenizer": {"pretokenizers": []}},
                                     {"pre_tokenizer": {"pretokenizers": [
                                         DIGITS | {"individual_digits": False}, BYTES]}},
@@ -181,7 +183,8 @@ def test_what_does_not_fit_is_named(folder, tokenizer):
     for place, key, value, words in (
             ("", "model_type", "llava", "llava"), ("text_config", "rms_norm_eps", 1e-6, "1e-06"),
             ("text_config", "hidden_size", None, "width"), ("", "scale_factor", 3, "3"),
-            ("text_config", "hidden_act", "gelu", "gelu"),
+            ("text_config", "hidden_act", "gelu", "gelu"), ("vision_config", "patch_size", 0, "zero"),
+            ("text_config", "rope_theta", 10**400, "too large"),
             ("text_config", "vocab_size", 600, "tokens in tokenizer.json"),
             ("vision_config", "image_size", 96, "power of two")):
         changed = json.loads(json.dumps(about))

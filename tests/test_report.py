@@ -112,6 +112,7 @@ def finish(folder):
     metrics = folder / "metrics.jsonl"
     lines = metrics.read_text().splitlines() if metrics.exists() else []
     finished = {"iterations": list(map(json.loads, lines)), "rows": rows, "mine": "M-STaR",
+                "config": {"data": ""},
                 "gain_over": {EVIL: gain}, "seconds": 90,
                 "device": f"cpu {EVIL}", "seed": 3, "stages": {"base": 60, "arm mstar": 30}}
     write_json(folder / "report.json", finished)
@@ -160,7 +161,7 @@ def test_the_page_of_an_unfinished_run_says_what_it_shows(run_folder):
     path = write_page(run_folder)
     page = Page(path.read_text())
     assert path == run_folder / "report.html"
-    for words in (f"Unfinished: 2 iterations of prm,{METHOD}", "correct, selected, unsound ×2",
+    for words in (f"Unfinished: 1 iterations of prm,{METHOD}", "correct, selected, unsound ×2",
                   "PRM 0.25 · rollouts 0.12 · ✗ false", "PRM 0.50 · rollouts 1.00 · ✓ true",
                   "unparseable, truncated", "iteration 1, T = 1.0: 2 of 3 correct",
                   "before iteration 1", "gold answer: ", "T = 0.7"):
@@ -197,7 +198,7 @@ def test_without_a_prm_only_the_oracle_speaks(run_folder):
     write_samples_of(run_folder, 1, [response("red is 3", "wrong", None, None, [True])])
     page = Page(write_page(run_folder).read_text())
     assert "red is 3✓ true" in page.words
-    assert [item["style"] for item in page.all("li") if "style" in item][-1] == "--s: 0.50"
+    assert "style" not in page.all("li")[-1]                       # no score, no colour
 
 def test_a_response_cut_off_behind_a_line_break_has_a_step_less_than_lines(run_folder):
     """Its text ends in an empty line, which is no step: it has no score and no label."""
@@ -401,5 +402,9 @@ def test_the_last_line_on_screen_is_the_gain_over_pi_0(run_folder, capsys):
     assert ("M-STaR: unparseable 12.5 %, unsound (of the correct) 6.2 %, readings true 99.0 %"
             ) in lines
     assert lines[-5].endswith("base 1.0, arm mstar 0.5")
+    for files, word in (("", "-"), ("train.json", "not known")):   # of nothing; without an oracle
+        finished["rows"][0] |= {"unsound": None, "readings": {"test": None}}
+        report.print_report({**finished, "config": {"data": files}})
+        assert f"unsound (of the correct) {word}, readings true {word}\n" in capsys.readouterr().out
     assert lines[-1] == f"M-STaR over {PI_0}, in domain: +10.0 points [+0.0, +20.0]"
     assert lines[-2].startswith("M-STaR over continuous, in domain")

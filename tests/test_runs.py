@@ -109,7 +109,7 @@ def test_a_run_without_a_prm_ends_with_a_report_and_can_be_watched(tmp_path):
     # with a watch after each of two iterations, and a validation after the second alone
     flags = "--method", "continuous", "--watches", "2", "--validations", "1", "--out", str(tmp_path)
     report = mstar.main([*TINY, *flags])
-    assert report["prm"] is None and not (tmp_path / "prm.safetensors").exists()
+    assert report["audit"] is None and not (tmp_path / "prm.safetensors").exists()
     assert ["watched" in line for line in report["iterations"]] == [True, True, True]
     assert "data-outcome" in (tmp_path / "report.html").read_text()
 
@@ -385,9 +385,13 @@ def test_a_table_goes_on_where_it_was_stopped(tmp_path, monkeypatch, capsys):
     (["table1", "--seeds"], "--seeds"), (["table1", "--seed", "1"], "--seed"),
     (["table1", "--method", "prm"], "--method"), (["table1", *TINY], "--epochs 0.5"),
     (["table5", "--preset", "test", "--policy", "mine.safetensors"], "mine"),
-    (["table5", "--preset", "test", "--recipe", "gpu"], "gpu")])
+    (["table5", "--preset", "test", "--recipe", "gpu"], "gpu"),
+    (["dynamics", "--preset", "test", "--monitor_rollouts", "1"], "Reward-Pass@2"),
+    (["table4", "--preset", "test"], "results/test-table4.json: damaged")])
 def test_wrong_use_of_tables(argv, word, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
+    Path("results").mkdir()
+    Path("results/test-table4.json").write_text("{}")
     with pytest.raises(SystemExit) as stop:
         results.tables.main(argv)
     error = capsys.readouterr().err

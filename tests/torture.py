@@ -93,7 +93,7 @@ def result(folder):
     rows = [without_times(row) for row in report["rows"]]
     return {"lines": [without_times(json.loads(line)) for line in lines], "files": files,
             "iterations": [without_times(line) for line in report["iterations"]], "rows": rows,
-            "gains": report["gain_over"], "prm": report["prm"],
+            "gains": report["gain_over"],
             "labels": model.read_json(folder / "labels.json")["labels"]}
 
 

@@ -21,7 +21,7 @@ from model import Example, ModelConfig, Optimizer, Policy, adamw, batches, seed_
 @dataclass(frozen=True)
 class Recipe:
     """How a base is made: the sizes of the network, and what it is trained on, all from pictures
-    that no other split has."""
+    that no other split of its world has."""
     sizes: dict                        # of ModelConfig, where they are not its defaults
     images: int = 40_000               # captioned pictures
     arithmetic: int = 20_000           # texts of five arithmetic facts
@@ -55,7 +55,7 @@ RECIPES = {
 
 def train_base(questions, cfg, run):
     """Train a policy from nothing by the recipe cfg.recipe, saved every some hundred updates by
-    run.fit. Returns (policy, {loss, recipe}).
+    run.fit. Returns (policy, {loss, recipe, world_seed and splits: whose tests it has not seen}).
 
     Captions name everything in a picture, or what the prompt asks for by name (in trials without
     the latter, pi_0's readings were mostly true, but of the wrong thing). Worked examples with the
@@ -97,7 +97,8 @@ def train_base(questions, cfg, run):
     loss = run.fit(policy, optimizer, stream, total, cfg.micro_batch, "base")
     print(f"base      {len(perception):,} captions and arithmetic texts, {len(worked):,} worked "
           f"examples; loss {loss:.3f}", flush=True)
-    return policy, {"loss": loss, "recipe": asdict(recipe)}
+    return policy, {"loss": loss, "recipe": asdict(recipe), "world_seed": cfg.world_seed,
+                    "splits": cfg.splits}
 
 def write_caption(question, rng, asked):
     """(prompt text, response text) about what can be read off the picture, worded like the readings

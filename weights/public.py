@@ -75,7 +75,8 @@ def load_public(folder, tokenizer):
         state = {}
         for name, tensor in policy.state_dict().items():           # taken out of `theirs`
             state[name] = _public_tensor(name, tensor.shape, table["names"], theirs)
-    except (KeyError, TypeError, ValueError, AttributeError, SafetensorError) as error:
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError,
+            SafetensorError) as error:
         raise ValueError(f"{folder}: no SmolVLM or nanoVLM that fits here ({error})") from error
     if theirs:
         raise ValueError(f"{folder}: {min(theirs)} has no place in this network")
@@ -136,16 +137,16 @@ class PublicTokenizer(Tokenizer):
             self.ids, merges = model["vocab"] | added, model["merges"]
             self.chat = "<end_of_utterance>" in self.ids           # SmolVLM; else nanoVLM
             self.EOS = self.ids["<end_of_utterance>" if self.chat else "<|endoftext|>"]
-        except (ValueError, KeyError, TypeError) as error:
+            self.symbols = [""] * (1 + max(self.ids.values()))
+            for symbol, i in self.ids.items():
+                self.symbols[i] = symbol
+            merges = [tuple(m.split(" ") if isinstance(m, str) else m) for m in merges]
+            self.rank = {pair: rank for rank, pair in enumerate(merges)}
+        except (ValueError, LookupError, TypeError) as error:
             raise ValueError(f"{path}: no tokenizer.json that fits here ({error})") from error
         if (kinds != ["BPE", "Digits", "ByteLevel", None]
                 or not cuts[0].get("individual_digits") or cuts[1].get("add_prefix_space")):
             raise ValueError(f"{path}: not byte-level BPE with single digits, as SmolLM2's")
-        self.symbols = [""] * (1 + max(self.ids.values()))
-        for symbol, i in self.ids.items():
-            self.symbols[i] = symbol
-        merges = [tuple(m.split(" ") if isinstance(m, str) else m) for m in merges]
-        self.rank = {pair: rank for rank, pair in enumerate(merges)}
         self.special = set(added.values())
         longest_first = sorted(map(re.escape, added), key=len, reverse=True)
         self.added = re.compile(f"({'|'.join(longest_first)})")
