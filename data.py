@@ -620,13 +620,11 @@ def world_of(config):
 
 def read_world(file, images, testbed, sizes, seed=0, skip_missing=False):
     """Splits like those of `build_world`, of the questions in a file (MathV360K's) and, if named,
-    those of a `testbed` (MathVista's testmini.json), whose five tasks become testbeds.
-
-    By picture, so that none is in two splits: first test and validation, then half of the rest
-    labeled, half unlabeled, as in the paper. Pictures of the testbed are left out. If a file has
-    splits already, name them in the ids (test/0): those records stay there, in order. Raises
-    OSError, or ValueError, which says what is missing or wrong; with `skip_missing` that is left
-    out."""
+    those of a `testbed` (MathVista's testmini.json), whose five tasks become testbeds. By picture,
+    so that none is in two splits: first test and validation, then half of the rest labeled, half
+    unlabeled, as in the paper. Pictures of the testbed are left out. Records whose ids name a split
+    (test/0) stay there, in order. Raises OSError, or ValueError, which says what is missing or
+    wrong; with `skip_missing` that is left out."""
     questions, tests, checksums, wrong = read_files(file, images, testbed)
     if any(question.record is None for question in tests):
         raise ValueError(f"{testbed}: not MathVista's testmini.json")

@@ -40,15 +40,13 @@ def testbeds_of(world):
     return [split for split in world if split in TESTBEDS or split in TASKS]
 
 def evaluate_policy(name, policy, world, max_new_tokens, direct=False):
-    """Greedy accuracy of a policy on the in-domain test, by task, and on every testbed: one row of
-    the result table: {name, id: {all, FQA, ...}, ood: {style, ..., all} (all their questions),
-    ci95 (id and ood as bootstrap intervals over questions), unparseable, unsound, readings,
-    official, graded}; accuracies in [0, 1]. `direct`: asked for the answer without steps.
-
-    unsound: by the oracle, of the correct responses to the test. readings: {split: the share of
-    written readings that are true}, which is how well it sees. official: {ood, ci95} by the rules
-    of MathVista. graded: {split: a letter per question (c correct, w wrong, u unparseable)}, for
-    paired comparisons. What is not known of questions from files is None."""
+    """A row of the result table, of greedy responses (`direct`: asked for the answer alone): {name,
+    id: {all, FQA, ...}, ood: {style, ..., all}: accuracies on the test, by task, and the testbeds
+    ci95: id and ood as bootstrap intervals over questions
+    unparseable, unsound: on the test; the latter by the oracle, of the correct responses
+    readings: {split: the share of written readings that are true}, which is how well it sees
+    graded: {split: a letter per question (c correct, w wrong, u unparseable)}, to compare rows
+    official: {ood, ci95} by MathVista's rules}. Shares are in [0, 1]; None is not known."""
     beds, unsound = testbeds_of(world), None
     graded, readings, official = {}, {}, {}                        # of each split
     for split in ("test", *beds):

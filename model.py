@@ -296,11 +296,9 @@ class Policy(nn.Module):
         """Last hidden states of rows of text, many of which have the same image and prompt: ids
         (B, T) behind image and prompt number owner (B,) of images (N, size, size, 3) and prompts
         (N, P), lengths (N,), padded on the right like the rows -> (B, T, C). With `keep_cache` also
-        (keys, values) of each layer, (B, G, I+P+T, D) each.
-
-        Image and prompt are read once for all their rows: attention is causal, so their keys and
-        values depend on nothing behind them. (With the prompt read for every row an update took
-        1.08 times as long, PRM scores 1.25 times.)"""
+        (keys, values) of each layer, (B, G, I+P+T, D) each. Image and prompt are read once for all
+        their rows: attention is causal, so their keys and values depend on nothing behind them.
+        (Read for every row, an update took 1.08 times as long, PRM scores 1.25 times.)"""
         prefix = torch.cat([self.see(images), self.embed(prompts)], dim=1)             # (N, I+P, C)
         rows = self.embed(ids)                                                         # (B, T, C)
         S, T, device = prefix.shape[1], ids.shape[1], ids.device
@@ -516,9 +514,8 @@ class Example(NamedTuple):
 
 def fit(policy, optimizer, stream, updates, micro_batch, title):
     """The training loop of every stage: an optimizer update for each of the next `updates` batches
-    (lists of Example) of `stream`. Returns the mean loss of the last 100 of them.
-    FloatingPointError names an update whose loss or gradient is not a finite number; it is not
-    made."""
+    (lists of Example) of `stream`. Returns the mean loss of the last 100. FloatingPointError names
+    an update whose loss or gradient is not a finite number; it is not made."""
     losses = []
     workers = WORKERS if policy.device.type == "cpu" else 1
     with ThreadPoolExecutor(workers) as pool, progress_bar(updates, title, " updates") as bar:
