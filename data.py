@@ -511,52 +511,43 @@ def oracle_of_steps(question, text, steps):
         lines = lines[number:]
     return of_steps
 
-def polynomial(left, sign, right):
-    """left + right, left - right or left * right of polynomials in the facts: each a frozenset of
-    (sorted names of facts, whole number), one per term. ("red", "red") is red squared."""
-    terms = Counter()
-    if sign == "*":
-        for (names, number), (more, factor) in itertools.product(left, right):
-            terms[tuple(sorted(names + more))] += number * factor
-    else:
-        terms.update(dict(left))
-        for names, number in right:
-            terms[names] += number if sign == "+" else -number
-    return frozenset(term for term in terms.items() if term[1])    # what cancels is gone
-
 def sound(question, text):
-    """Is a response a valid derivation of the answer: all its lines are true, and the answer is, as
-    a polynomial in the facts, what a route computes, in any order and by any true detour.
+    """Is a response a valid derivation of the answer: are all its lines true, and would they lead
+    to the answer if the picture showed other numbers, too? So it is worked out once more with a
+    random number of 64 bits for every fact: in any order, by any true detour, it must come to what
+    a route comes to. (That another combination of facts does, too, has a chance of about 1e-18.)
 
     A written number may stand for several things (two readings of 7; 3 + 4 and a 7 of the
-    question): the response is sound if one way to understand it is. So that no text takes long,
-    detours by products of more facts than the routes have are not followed, and of more than 200
-    meanings of one number, which no text of `write_reasoning` has, only 200 are kept."""
+    question): the response is sound if one way to understand it is. So that no text takes long, 200
+    of them are kept (more than a text of `write_reasoning` has), and none that is much larger than
+    the goal, as products of more facts than the route's are."""
     if not all(oracle(question, text)):
         return False
-    meanings = defaultdict(set)                                    # number -> polynomials
+    meanings = defaultdict(set)                # written number -> what it may be with the others
 
-    def meaning_of(leaf):
-        subject = question.slots.get(leaf, leaf)                   # a fact, or a number
-        return frozenset([((), subject) if isinstance(subject, int) else ((subject,), 1)])
+    def in_another_picture(leaf):
+        subject = question.slots.get(leaf, leaf)
+        if isinstance(subject, int):                               # of the question: it stays
+            return subject
+        return random.Random(subject).randrange(2**63, 2**64)      # a fact: another number
 
-    goal = work_out(_tree(question.routes[0]), meaning_of, polynomial)     # all routes' is the same
+    def operate(left, sign, right):
+        return OPERATIONS[sign](left, right)
+
+    route = _tree(question.routes[0])          # all routes come to the same
+    goal = work_out(route, in_another_picture, operate)
     for number in given_numbers(question):
-        meanings[number].add(meaning_of(number))
+        meanings[number].add(number)
     for line in text.split("\n"):
         if match := OPERATION.fullmatch(line):
             pairs = itertools.product(meanings[int(match[1])], meanings[int(match[3])])
-            results = {polynomial(a, match[2], b) for a, b in pairs}
-            results = {one for one in results if degree(one) <= degree(goal)}
+            results = {operate(left, match[2], right) for left, right in pairs}
+            results = {one for one in results if abs(one) < abs(goal) << 32}
             results |= meanings[int(match[4])]
-            meanings[int(match[4])] = set(sorted(results, key=sorted)[:200])
+            meanings[int(match[4])] = set(sorted(results)[:200])
         elif match := READING.fullmatch(line):
-            meanings[int(match[2])].add(meaning_of(match[1]))
+            meanings[int(match[2])].add(in_another_picture(match[1]))
     return goal in meanings[question.answer]
-
-def degree(terms):
-    """The most facts that are multiplied in a term of a polynomial."""
-    return max((len(names) for names, _ in terms), default=0)
 
 # ---------------------------------------------------------------- splits
 

@@ -103,23 +103,6 @@ def test_an_answer_that_no_route_gives_is_not_sound(world):
                 number += 1
     assert number > 3
 
-def test_polynomials_are_those_of_numbers():
-    """Evaluated at random facts: the same as working with the numbers."""
-    rng = random.Random(0)
-    facts = {name: rng.randint(2, 50) for name in "xyz"}
-    pool = [(frozenset([((name,), 1)]), value) for name, value in facts.items()]
-    pool.append((frozenset([((), 3)]), 3))
-    for _ in range(40):
-        (a, left), (b, right), sign = rng.choice(pool), rng.choice(pool), rng.choice("+-*")
-        found, value = data.polynomial(a, sign, b), data.OPERATIONS[sign](left, right)
-        terms = [factor * np.prod([facts[name] for name in names], dtype=object)
-                 for names, factor in found]
-        assert sum(terms) == value and all(factor for _, factor in found)
-        pool.append((found, value))
-    x, y = pool[0][0], pool[1][0]
-    assert data.polynomial(x, "*", y) == data.polynomial(y, "*", x)
-    assert data.polynomial(x, "-", x) == frozenset()
-
 def test_a_text_that_repeats_itself_takes_no_long_time(world):
     question = replace(world["test"][0], answer=4, facts={"square": 2, "cross": 2},
                        slots={"a": "square", "b": "cross"}, routes=("a + b",))
