@@ -71,8 +71,7 @@ class Config:
     data: str = setting("", "file of questions in MathV360K's form, in place of our world")
     images: str = setting("", "the folder of their pictures, and of those of --testbed")
     testbed: str = setting("", "MathVista's testmini.json, in place of our testbeds")
-    skip_missing: int = setting(0, "1: leave out records and pictures that are missing or broken",
-                                0, 1)
+    skip_missing: int = setting(0, "1: leave out what is missing or broken there", 0, 1)
     # the base policy
     policy: str = setting("weights/base.safetensors", "what --method base wrote; a folder with "
                           "public weights; or scratch: made first")
@@ -90,20 +89,16 @@ class Config:
     prm_epochs: float = setting(3.0, "passes over the labeled responses", 1e-9)
     prm_lr: float = setting(1e-3, "learning rate of the PRM, decayed", 1e-9)
     # self-evolving
-    evolve_questions: int = setting(0, "labeled questions that are asked: the last so many; 0: all",
-                                    0)
+    evolve_questions: int = setting(0, "ask only so many labeled questions, the last; 0: all", 0)
     # its switches
-    start_from: str = setting("last", "weights that an iteration's training starts from",
-                              choices=("last", "pi_0"))
+    start_from: str = setting("last", "weights that a round starts from", choices=("last", "pi_0"))
     optimizer: str = setting("inherit", "optimizer state and schedule at each iteration",
                              choices=("inherit", "reset"))
-    interval: float = setting(0.0625, "share of the asked questions per iteration; the paper: 0.25",
-                              1e-9, 1)
+    interval: float = setting(0.0625, "share of the questions per round (paper: 0.25)", 1e-9, 1)
     select: str = setting("all", "which correct responses are trained on",
                           choices=("all", "top", "threshold", "random"))
     keep_top: int = setting(2, "responses per question that top and random keep")
-    threshold: float = setting(0.2, "threshold keeps what has a larger R_p (unknown in paper; of "
-                               "the questions that pi_0 can answer a sixth keep nothing)", 0, 1)
+    threshold: float = setting(0.2, "threshold keeps what has a larger R_p (paper: unknown)", 0, 1)
     unlabeled: str = setting("none", "take half of the questions from the unlabeled split",
                              choices=("none", "vote", "true_answers"))
     mix_in: float = setting(0.0, "share of the iterations before unlabeled questions join", 0, 0.99)
@@ -111,10 +106,8 @@ class Config:
     adapt_by: str = setting("reward_pass_at_k", "what a sweep maximises, with k = keep_top or all",
                             choices=("reward_pass_at_k", "pass_at_k"))
     sweep_every: int = setting(2, "iterations from one sweep of T to the next, as in the paper")
-    watches: int = setting(0, "how many validations, at equal distances, measure all temperatures",
-                           0)
-    epochs: float = setting(2.0, "how often each question is asked, rounded to whole iterations",
-                            1e-9)
+    watches: int = setting(0, "how often all T are measured, at equal distances", 0)
+    epochs: float = setting(2.0, "how often each question is asked, in whole rounds", 1e-9)
     rollouts_per_question: int = setting(8, "L; the paper: 16", most=1000)
     evolve_updates: int = setting(1600, "updates of all iterations, equal for every method")
     evolve_lr: float = setting(3e-4, "learning rate, constant as in the paper", 1e-9)
@@ -675,8 +668,6 @@ def parse(argv):
         help = f"{f.metadata['help']}{listed} [{f.default}]".replace("%", "%%")
         parser.add_argument(f"--{f.name}", type=type(f.default), help=help, metavar="",
                             choices=None if f.name == "method" else choices)
-    if odd := [flag for flag in argv if flag.endswith("=--")]:     # argparse makes it a list
-        fail(f"{odd[0]}: no value")
     typed = vars(parser.parse_args(argv))                          # only what was typed
     if "resume" in typed:
         folder = Path(typed.pop("resume"))

@@ -491,7 +491,7 @@ def test_what_is_run(flags, arms, method, select):
     (["--unlabeled", "some"], "--unlabeled"), (["--mix_in", "1"], "--mix_in"),
     (["--test", "4"], "--test"), (["--labeled", "1"], "--labeled"),
     (["--resume", ""], "--resume"), (["--resume", "nowhere"], "nowhere"),
-    (["--out=--"], "--out"), (["--device", "\n"], "--device"),
+    (["--device", "\n"], "--device"),
     (["--rollouts_per_question", "2147483648"], "--rollouts_per_question"),
     (["--max_new_tokens", "1001"], "--max_new_tokens"),
     (["--arms", "continuous,continuous_100", "--epochs", "1", "--labeled", "41"], "--labeled 41")])
