@@ -911,21 +911,27 @@ class Tokenizer:
 
 def write_preview(path):
     """A contact sheet as PNG: a question of each template, and five of each testbed, with a
-    reasoning text. OSError as of open(); ValueError: no name of a picture."""
+    reasoning text. OSError as of open(); ValueError: not the name of a picture."""
     world = build_world({**dict.fromkeys(TESTBEDS, 5), "test": 200})
-    shown = list({question.template: question for question in world["test"]}.values())
-    for bed in TESTBEDS:
-        shown += world[bed]
-    width, height = 300, 230                                       # of one question
-    sheet = Image.new("RGB", (5 * width, math.ceil(len(shown) / 5) * height), "white")
+    rows = {task: [] for task in TASKS}
+    for question in {question.template: question for question in world["test"]}.values():
+        rows[question.task].append(question)                       # one of each template
+    rows |= {bed: world[bed] for bed in TESTBEDS}
+    width, height = 300, 220                                       # of one question
+    longest = max(map(len, rows.values()))
+    sheet = Image.new("RGB", (longest * width, len(rows) * height), "white")
     pen = ImageDraw.Draw(sheet)
-    for i, question in enumerate(shown):
-        left, top = i % 5 * width + 8, i // 5 * height + 8
-        pen.text((left, top), f"{question.id} / {question.template}", "black")
-        sheet.paste(Image.fromarray(render(question)), (left, top + 14))
-        reasoning = write_reasoning(question, random.Random(question.id))
-        pen.text((left + 136, top + 14), reasoning, "black", spacing=1)
-        pen.text((left, top + 180), "\n".join(textwrap.wrap(question.text, 44)), (0, 60, 160))
+    for y, (name, questions) in enumerate(rows.items()):
+        for x, question in enumerate(questions):
+            left, top = x * width + 8, y * height + 8
+            sheet.paste(Image.fromarray(render(question)), (left, top + 14))
+            pen.rectangle((left - 1, top + 13, left + 128, top + 142), outline="gray")
+            pen.text((left, top), f"{name} / {question.template}", fill="black")
+            reasoning = write_reasoning(question, random.Random(question.id))
+            pen.text((left + 136, top + 14), reasoning, fill="black", spacing=1)
+            below = top + (176 if reasoning.count("\n") > 10 else 148)
+            wrapped = "\n".join(textwrap.wrap(question.text, 44))
+            pen.text((left, below), wrapped, fill=(0, 60, 160))
     sheet.save(path)
 
 def main(argv=None):
