@@ -183,7 +183,8 @@ def test_what_does_not_fit_is_named(folder, tokenizer):
     for place, key, value, words in (
             ("", "model_type", "llava", "llava"), ("text_config", "rms_norm_eps", 1e-6, "1e-06"),
             ("text_config", "hidden_size", None, "width"), ("", "scale_factor", 3, "3"),
-            ("text_config", "hidden_act", "gelu", "gelu"), ("vision_config", "patch_size", 0, "zero"),
+            ("text_config", "hidden_act", "gelu", "gelu"),
+            ("vision_config", "patch_size", 0, "zero"),
             ("text_config", "rope_theta", 10**400, "too large"),
             ("text_config", "vocab_size", 600, "tokens in tokenizer.json"),
             ("vision_config", "image_size", 96, "power of two")):
