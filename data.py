@@ -674,7 +674,8 @@ def read_files(file, images, testbed=""):
     """(questions of a file, those of a testbed, {path: checksum of the pixels} of their pictures, a
     Counter of what is wrong). Each picture is opened once, on all cores."""
     questions, wrong = read_questions(file, images)
-    tests, wrong_tests = read_questions(testbed, images) if testbed else ([], Counter())
+    tests, wrong_tests = read_questions(testbed, images) if testbed else ([], {})
+    wrong += Counter({f"{fault} of {testbed}": number for fault, number in wrong_tests.items()})
 
     def checksum(path):
         try:
@@ -689,7 +690,7 @@ def read_files(file, images, testbed=""):
     checksums = {path: result for path, result in results.items() if isinstance(result, bytes)}
     if bad := [result for result in results.values() if isinstance(result, str)]:
         wrong[f"pictures that cannot be opened (the first: {bad[0]})"] = len(bad)
-    return questions, tests, checksums, wrong + wrong_tests
+    return questions, tests, checksums, wrong
 
 def read_questions(file, images):
     """The questions of a file, with pictures in the folder `images`: MathV360K's (a JSON list, or
@@ -819,7 +820,7 @@ def open_picture(path, images=None, size=None, longest=None):
 @lru_cache(maxsize=4096)                                           # 3 GB at 512 pixels
 def picture_of(path, size):
     """A picture from a file as a policy of this image size sees it. SmolVLM, of 512 pixels, was
-    trained on pictures that were first brought to 2048."""
+    trained on pictures that were first brought to 2048. OSError: as of open_picture."""
     return open_picture(path, size=size, longest=2048 if size == 512 else None)
 
 def check_file(file, images, testbed=""):

@@ -68,8 +68,8 @@ def evaluate_policy(name, policy, world, max_new_tokens, direct=False):
         if any(of_task) and task not in beds:
             on_test[task] = on_test["all"][of_task]                # a column of the table
     on_bed = {bed: correct_in(graded[bed]) for bed in beds}        # each (questions,)
-    (id, id_ci95), (ood, ood_ci95) = accuracies(on_test), accuracies(on_bed, True)
-    scores, scores_ci95 = accuracies(official, True)
+    (id, id_ci95), (ood, ood_ci95) = accuracies(on_test), accuracies(on_bed, with_all=True)
+    scores, scores_ci95 = accuracies(official, with_all=True)
     return {"name": name, "id": id, "ood": ood, "ci95": {"id": id_ci95, "ood": ood_ci95},
             "unparseable": graded["test"].count("u") / len(graded["test"]), "unsound": unsound,
             "readings": readings, "graded": graded,

@@ -71,7 +71,7 @@ class Config:
     data: str = setting("", "file of questions in MathV360K's form, in place of our world")
     images: str = setting("", "the folder of their pictures, and of those of --testbed")
     testbed: str = setting("", "MathVista's testmini.json, in place of our testbeds")
-    skip_missing: int = setting(0, "1: leave out what is missing or broken there", 0, 1)
+    skip_missing: int = setting(0, "1: leave out missing or broken records and pictures", 0, 1)
     # the base policy
     policy: str = setting("weights/base.safetensors", "what --method base wrote; a folder with "
                           "public weights; or scratch: made first")
@@ -724,8 +724,8 @@ def check(cfg):
             fail(f"--policy: {error}{advice}")
         if size % 64 and not cfg.data:                             # the canvas has 64 units
             fail(f"--policy {cfg.policy}: reads pictures of {size} pixels, no multiple of 64")
-    if Path(cfg.policy).is_file() and not cfg.data:                # a base of ours saw all pictures
-        about = read_json(Path(cfg.policy).with_suffix(".json"))   # but those of its world's tests
+    if Path(cfg.policy).is_file() and not cfg.data:                # a base of ours: of all tests it
+        about = read_json(Path(cfg.policy).with_suffix(".json"))   # has not seen its own world's
         made = about.get("splits", cfg.splits)
         larger = any(cfg.splits[split] > made[split] for split in ("test", "validation", *TESTBEDS))
         if larger or about.get("world_seed", cfg.world_seed) != cfg.world_seed:

@@ -336,6 +336,7 @@ def test_check_says_what_a_file_holds(file, images):
     assert "wrong: 2 pictures that cannot be opened" in text and "how much?" in text
     text = "\n".join(check_file(file, images, file))               # a testbed of the same pictures
     assert "2 of its pictures are here" in text
+    assert f"1 records without an answer (the first: number 4) of {file}" in text
 
 @pytest.mark.parametrize("content", ["", "[1, 2", '"text"', "null", "7"])
 def test_a_file_that_holds_no_records_is_one_line(content, file, images):
