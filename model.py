@@ -486,8 +486,8 @@ def load_network(path, tokenizer, device="cpu", kind=Policy):
 
 def available_devices():
     """Devices of this machine, the best first."""
-    cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
-    return ["cuda"] * cuda + ["mps"] * mps + ["cpu"]
+    is_there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    return [device for device in is_there if is_there[device]] + ["cpu"]
 
 def has_bf16(device):
     """Is this a GPU that computes in bf16, and does not only emulate it?"""

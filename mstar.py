@@ -720,8 +720,7 @@ def check(cfg):
         try:
             size = load_policy(cfg.policy, tokenizer_for(cfg.policy)).config.image_size
         except (OSError, ValueError) as error:
-            advice = "; --method base --policy scratch makes one" * cfg.policy.endswith("tensors")
-            fail(f"--policy: {error}{advice}")
+            fail(f"--policy: {error}; --method base --policy scratch makes one of ours")
         if size % 64 and not cfg.data:                             # the canvas has 64 units
             fail(f"--policy {cfg.policy}: reads pictures of {size} pixels, no multiple of 64")
     if Path(cfg.policy).is_file() and not cfg.data:                # a base of ours: of all tests it
@@ -771,7 +770,9 @@ def main(argv=None):
     """The main job: all stages in order, then the table and the page. Returns the report."""
     argv = sys.argv[1:] if argv is None else argv
     cfg, folder = parse(argv)
-    out = from_first(folder or (RANK == 0 and new_folder(cfg)))
+    if not folder and RANK == 0:
+        folder = new_folder(cfg)
+    out = from_first(folder)
     command = " ".join(["python mstar.py", *argv])
     with one_line_errors("mstar.py", f"go on with: python mstar.py --resume {out}"):
         if not from_first((out / "report.json").exists()):
