@@ -210,6 +210,30 @@ def test_what_the_base_sees_is_what_was_measured():
     text = READMES[1].read_text()
     assert first_table(text[text.index("## The base"):]) == seen
 
+def test_what_few_questions_do_is_what_was_measured():
+    result = read_json(RESULTS / "few-dynamics.json")
+    text = READMES[1].read_text()
+    (effect,) = [claim["effects"]["effect"] for claim in result["claims"]
+                 if claim["words"] == "pass@k falls"]
+    low, high = (f"{100 * edge:+.1f}" for edge in effect[1:])
+    shown = f"Pass@16 falls by {100 * effect[0]:.1f} [{low}, {high}] points"
+    assert shown in READMES[0].read_text()
+    accuracies = {}                                                   # arm -> in domain, one per seed
+    for arm in result["arms"]:
+        accuracies.setdefault(arm["arm"], []).append(arm["row"]["id"]["all"])
+    for other in ("prm_watched", "mstar_pass_at_k"):
+        gains = np.subtract(accuracies["mstar_watched"], accuracies[other])
+        assert "(" + ", ".join(f"{100 * gain:+.1f}" for gain in gains) in text
+    rises = []                                                     # of T, from first to last rounds
+    for arm in result["arms"]:
+        if arm["arm"] == "mstar_watched":
+            swept = [line["temperature"] for line in arm["iterations"][1:]]    # 0: before any sweep
+            rises.append(mean(swept[-4:]) - mean(swept[:4]))
+    assert len(rises) == 8
+    half = 2.365 * np.std(rises, ddof=1) / len(rises) ** 0.5       # Student's t, 7 degrees
+    rise = mean(rises)
+    assert f"{rise:+.2f} [{rise - half:+.2f}, {rise + half:+.2f}]" in text
+
 @pytest.mark.parametrize("path", TABLES, ids=lambda path: path.stem)
 def test_tables_and_verdicts_are_those_of_the_committed_results(path):
     lines = format_table(read_json(path)).splitlines()
