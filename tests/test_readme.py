@@ -218,7 +218,7 @@ def test_what_few_questions_do_is_what_was_measured():
     low, high = (f"{100 * edge:+.1f}" for edge in effect[1:])
     shown = f"Pass@16 falls by {100 * effect[0]:.1f} [{low}, {high}] points"
     assert shown in READMES[0].read_text()
-    accuracies = {}                                                   # arm -> in domain, one per seed
+    accuracies = {}                                                # arm -> in domain, of each seed
     for arm in result["arms"]:
         accuracies.setdefault(arm["arm"], []).append(arm["row"]["id"]["all"])
     for other in ("prm_watched", "mstar_pass_at_k"):
