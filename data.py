@@ -613,9 +613,9 @@ def read_world(file, images, testbed, sizes, seed=0, skip_missing=False):
     """Splits like those of `build_world`, of the questions in a file (MathV360K's) and, if named,
     those of a `testbed` (MathVista's testmini.json), whose five tasks become testbeds. By picture,
     so that none is in two splits: first test and validation, then half of the rest labeled, half
-    unlabeled, as in the paper. Pictures of the testbed are left out. Records whose ids name a split
-    (test/0) stay there, in order. Raises OSError, or ValueError, which says what is missing or
-    wrong; with `skip_missing` that is left out."""
+    unlabeled, as in the paper. Pictures of the testbed (equal pixels) are left out. Records whose
+    ids name a split (test/0) stay there, in order. Raises OSError, or ValueError, which says what
+    is missing or wrong; with `skip_missing` that is left out."""
     questions, tests, checksums, wrong = read_files(file, images, testbed)
     if any(question.record is None for question in tests):
         raise ValueError(f"{testbed}: not MathVista's testmini.json")
@@ -772,11 +772,14 @@ def _of_mathvista(record, images):
                     normal_answer(gold, choices), image=f"{images}/{record['image']}",
                     choices=choices, record=record)
 
+MARKUP = re.compile(r"(?<!\w)\*+|\*+(?!\w)|`+|\\boxed\{([^{}]*)\}")   # **5**, \boxed{5}, no 3*4
+
 def normal_answer(text, choices=()):
     """One form for what means the same: with choices "(b).", "B. 5 cm" and the text of choice B ->
     "B" (the first of equal choices); "1,000" and "1000.0" -> "1000"; other text in lower case,
-    " Yes " -> "yes", "(b)" -> "b"."""
+    without MARKUP: " Yes " -> "yes", "(b)" -> "b"."""
     def plain(text):
+        text = MARKUP.sub(r"\1", text).strip() or text             # "*" may be a choice
         return " ".join(text.split()).rstrip(".。").strip("$ ").lower()
 
     text, texts = plain(text), list(map(plain, choices))

@@ -27,7 +27,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from data import (READING, TASKS, TESTBEDS, normal_answer, oracle, picture_of, render,
+from data import (MARKUP, READING, TASKS, TESTBEDS, normal_answer, oracle, picture_of, render,
                   sound, world_of)
 from model import (Prompt, Sampling, available_devices, join_processes, load_network, progress_bar,
                    read_json, sample)
@@ -147,7 +147,6 @@ def answer_greedily(policy, questions, max_new_tokens, title, direct=False):
 # ---------------------------------------------------------------- is an answer correct
 
 BEFORE_ANSWER = re.compile(r"(?:answer(?:\s+is\b)?|答案)\s*[:：]|answer\s+is\b", re.IGNORECASE)
-MARKUP = re.compile(r"(?<!\w)\*+|\*+(?!\w)|`+|\\boxed\{([^{}]*)\}")   # **5**, \boxed{5}, no 3*4
 INTEGER = r"[0-9]{1,3}(?:,[0-9]{3}){1,9}|[0-9]{1,30}"              # longer ones are no answers
 # 1,000 or -3.5 or .5 or 1/2, with $ or a unit, which is ignored; *+ gives nothing back: no text
 # takes long

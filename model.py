@@ -529,6 +529,7 @@ def fit(policy, optimizer, stream, updates, micro_batch, title):
             losses.append(loss)
             bar.set_postfix_str(f"loss {loss:.3f}", refresh=False)
             bar.update()
+    policy.zero_grad()                                             # their memory is free again
     recent = losses[-100:]
     return sum(recent) / len(recent) if recent else None
 
@@ -743,8 +744,7 @@ def sample(policy, prompts, how, prefixes=None, rows=None, progress=None):
     prefixes: for each question a list of token lists. Each is continued L times; a question's
         responses are those of its first prefix, then of its second ... A prefix is part of its
         responses and of max_new_tokens.
-    rows: responses per batch at most (never less than one question's); by default see
-        _rows_at_once.
+    rows: responses per batch at most (never less than L); by default see _rows_at_once.
     progress: called with the number of responses that have just ended.
     ValueError: a negative temperature, an empty prompt, a prefix that leaves nothing to write.
     FloatingPointError: weights that have left the finite numbers."""
@@ -767,43 +767,46 @@ def sample(policy, prompts, how, prefixes=None, rows=None, progress=None):
             line[:len(prefix)] = torch.tensor(prefix, dtype=torch.long)
 
     def run(batch):                                # tables with one line per response
-        n = {q: len(prefixes[q]) for q in batch}
+        some = [parts[i] for i in batch]
         with precision(policy.device):
             return _sample_batch(
-                policy, [prompts[q] for q in batch], [L * n[q] for q in batch],
-                torch.cat([temperature.repeat(n[q]) for q in batch]),                  # (R,)
-                torch.cat([uniforms[q, streams].repeat(n[q], 1) for q in batch]),      # (R, T)
-                torch.cat([forced[q].repeat_interleave(L, dim=0) for q in batch]),     # (R, T)
+                policy, [prompts[q] for q, _ in some], [L * len(table) for _, table in some],
+                torch.cat([temperature.repeat(len(table)) for _, table in some]),      # (R,)
+                torch.cat([uniforms[q, streams].repeat(len(t), 1) for q, t in some]),  # (R, T)
+                torch.cat([table.repeat_interleave(L, dim=0) for _, table in some]),   # (R, T)
                 progress)
 
-    counts = [L * len(group) for group in prefixes]
-    rows = rows or _rows_at_once(policy, sum(counts), T)
-    batches = _batches_of_questions(prompts, counts, rows)
+    counts = [L * len(table) for table in forced]
+    rows = rows or _rows_at_once(policy, counts, T)
+    most = max(1, rows // L)                       # prefixes of one question that go in at once
+    parts = [(q, part) for q, table in enumerate(forced) for part in table.split(most)]
+    batches = _batches([prompts[q] for q, _ in parts], [L * len(t) for _, t in parts], rows)
     responses = [[] for _ in prompts]
     with ThreadPoolExecutor(WORKERS if policy.device.type == "cpu" else 1) as pool:
         for batch, groups in zip(batches, of_all(list(pool.map(run, my_part(batches))))):
-            for q, group in zip(batch, groups):
-                responses[q] = group
+            for i, group in zip(batch, groups):
+                responses[parts[i][0]] += group
     return responses
 
-def _rows_at_once(policy, responses, T):
-    """How many of all `responses` go into one batch, the same in every process. On a CPU at most
-    1024, and a quarter, so that all cores have work; on a GPU each process's share, if half of the
-    free memory holds it (not measured yet): a decode step of many rows takes hardly longer there
-    than one of few."""
+def _rows_at_once(policy, counts, T):
+    """How many of all responses go into one batch, the same in every process; counts: those of each
+    question. On a CPU at most 1024, and a quarter, so that all cores have work; on a GPU each
+    process's share, if half of the free memory holds it (not measured yet): a decode step of many
+    rows takes hardly longer there than one of few."""
     if policy.device.type not in ("cpu", "cuda"):                  # a Mac's does not say
         return 4096
     c = policy.config
     cache = 2 * c.layers * c.kv_heads * (c.width // c.heads) * (policy.image_tokens + 2 * T)
     row = 4 * (cache + 6 * c.vocabulary)                           # logits, and what draw makes
     if policy.device.type == "cpu":                                # 4 GB for each worker at most
-        return max(1, min(1024, math.ceil(responses / 4), 2**32 // row))
+        return max(1, min(1024, math.ceil(sum(counts) / 4), 2**32 // row))
     free, _ = torch.cuda.mem_get_info()                            # bytes
     free += torch.cuda.memory_reserved() - torch.cuda.memory_allocated()   # kept by torch, unused
-    return from_first(min(max(1, free // 2 // row), math.ceil(responses / PROCESSES)))
+    share = math.ceil(sum(counts) / PROCESSES) + max(counts, default=0)    # of whole questions
+    return from_first(min(max(1, free // 2 // row), share))
 
-def _batches_of_questions(prompts, counts, rows):
-    """Questions, with counts of responses, in batches of at most `rows`, like lengths together."""
+def _batches(prompts, counts, rows):
+    """Prompts, with counts of responses, in batches of at most `rows`, like lengths together."""
     batches, size = [], 0
     for q in sorted(range(len(prompts)), key=lambda q: len(prompts[q].ids)):
         if counts[q] == 0:

@@ -429,7 +429,8 @@ def direct_sft(cfg, base, world, run):
 class Run:
     """The folder of a run. Every stage leaves a file, every round a state: what is there and whole
     is not made again. So a stop costs at most the stage or round in work, and a resumed run ends as
-    if it had not been stopped (but for `seconds`): each piece has its own seeds."""
+    if it had not been stopped (but for `seconds`, and on a GPU for rounding): each piece has its
+    own seeds."""
 
     def __init__(self, out, main_method, tokenizer, device):
         self.out, self.main_method = out, main_method

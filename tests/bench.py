@@ -55,7 +55,7 @@ def sample_plainly(policy, prompts, temperature, uniforms, cached=True):
     ids = [list(prompt.ids) for prompt in prompts]                 # grow by a token per step
     # Equal images would be read once: give every response one of its own
     prompts = [Prompt(prompt.image.clone(), prompt.ids) for prompt in prompts]
-    with torch.inference_mode(), precision(policy.device):
+    with torch.no_grad(), precision(policy.device):                # as `_sample_batch` does
         logits, start, prefix = _prefill(policy, prompts)          # (R, V), (R,), (R, G, P, D)
         suffix = _room_for(T, R, prefix)
         ended = torch.zeros(R, dtype=torch.bool, device=device)
@@ -210,7 +210,7 @@ def bench_parts(policy, prompts, examples, repeats):
     device, few = policy.device, prompts[:64]
     N, each = len(few), 1024 // len(few)
     rows = N * each
-    with torch.inference_mode(), precision(policy.device):
+    with torch.no_grad(), precision(policy.device):
         _, start, prefix = _prefill(policy, few)
     owner = torch.arange(N, device=device).repeat_interleave(each)                     # (rows,)
     suffix = _room_for(17, rows, prefix)                           # as if 16 tokens were written
@@ -220,17 +220,18 @@ def bench_parts(policy, prompts, examples, repeats):
     parameters = list(policy.parameters())
 
     def prefill():
-        with torch.inference_mode(), precision(policy.device):
+        with torch.no_grad(), precision(policy.device):
             _prefill(policy, few)
         return sum(len(prompt.ids) + policy.image_tokens for prompt in few)
 
     def decode():
-        with torch.inference_mode(), precision(policy.device):
+        with torch.no_grad(), precision(policy.device):
             _decode(policy, torch.zeros_like(owner), owner, start, 16, prefix, suffix)
         return rows
 
     def whole():
-        groups = _sample_batch(policy, few, [each] * N, temperature, uniforms, forced, None)
+        with precision(policy.device):
+            groups = _sample_batch(policy, few, [each] * N, temperature, uniforms, forced, None)
         return sum(len(tokens) for group in tokens_of(groups) for tokens in group)
 
     def training():

@@ -187,16 +187,18 @@ def test_batches_fit_into_the_memory_of_a_gpu(policy, monkeypatch):
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (free, 2 * free))
         monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: 0)
         monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: 0)
-        rows.append(model._rows_at_once(gpu, 10**9, 64))
+        rows.append(model._rows_at_once(gpu, [10**9], 64))
         assert 0 < rows[-1] * needed <= free / 2
     assert rows[0] < rows[1] < rows[2]
-    # what torch keeps for itself is free, too; of two processes each takes a share, and both the
-    # first one's number, however much memory they have: their batches must be the same
+    # what torch keeps for itself is free, too; of two processes each takes a share of whole
+    # questions (of 7 here: 501 rows would leave one for a third batch), and both the first one's
+    # number, however much memory they have: their batches must be the same
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: 10**10)
-    assert model._rows_at_once(gpu, 10**9, 64) > rows[2]
+    assert model._rows_at_once(gpu, [10**9], 64) > rows[2]
     monkeypatch.setattr(model, "PROCESSES", 2)
     monkeypatch.setattr(model, "from_first", lambda rows: ("the first one's", rows))
-    assert model._rows_at_once(gpu, 1001, 64) == ("the first one's", 501)
+    assert model._rows_at_once(gpu, [7] * 143, 64) == ("the first one's", 508)
+    assert len(model._batches([model.Prompt(None, [0])] * 143, [7] * 143, 508)) == 2
 
 
 def test_several_processes_do_what_one_does(tmp_path):

@@ -64,7 +64,9 @@ def file(tmp_path):
     ("b", CHOICES, "B"), ("(B)", CHOICES, "B"), ("14  CM", CHOICES, "B"), ("no.", CHOICES, "C"),
     ("(B) 14 cm", CHOICES, "B"), ("B. the longer one", CHOICES, "B"), ("b, I think", CHOICES,
                                                                        "b, i think"),
-    ("d", CHOICES, "d"), ("b", (), "b"), ("1,00", (), "1,00"), ("", (), "")])
+    ("d", CHOICES, "d"), ("b", (), "b"), ("1,00", (), "1,00"), ("", (), ""),
+    ("T*", (), "t"), (r"\boxed{5}", (), "5"), ("3*4", (), "3*4"),
+    ("", ("*", "+"), ""), ("*", ("*", "+"), "A")])
 def test_what_means_the_same_has_one_form(text, choices, expected):
     assert normal_answer(text, choices) == expected
 
@@ -165,6 +167,9 @@ def asked(answer, choices=()):
     ("Answer: $10$", asked("B", ("$5$", "$10$")), "correct"),
     ("Answer: C. elegans", asked("A", ("C. elegans", "E. coli", "yeast")), "correct"),
     ("answer: c. elegans.", asked("A", ("C. elegans", "E. coli", "yeast")), "correct"),
+    (r"answer: 10*\sqrt{3}", asked(normal_answer(r"10*\sqrt{3}")), "correct"),
+    (r"answer: 5*\pi", asked("A", (r"5*\pi", r"6*\pi")), "correct"),
+    ("answer: ", asked("A", ("*", "+")), "unparseable"),
     ("Answer: B", asked("A", ("3", "3", "5")), "correct"),         # two equal choices
     ("Answer: C", asked("A", ("3", "3", "5")), "wrong")])
 def test_grades_of_numbers_letters_and_texts(text, question, outcome):

@@ -207,12 +207,22 @@ def test_common_random_numbers_over_temperatures(policy, prompts):
         alone = tokens_of(sample(policy, prompts, Sampling(2, temperature, 20, seed=5)))
         assert [group[2 * i:2 * i + 2] for group in swept] == alone
 
-def test_rollouts_continue_exactly_their_prefix(policy, prompts):
-    """Unequal prefixes, unequal numbers of them, one question with none: each rollout = a prompt
-    that ends with the prefix, at the temperature and with the numbers of its turn."""
+def test_rollouts_continue_exactly_their_prefix(policy, prompts, monkeypatch):
+    """Unequal prefixes, unequal numbers of them, one question with none and one with more than a
+    batch holds: each rollout = a prompt that ends with the prefix, at the temperature and with the
+    numbers of its turn."""
     prefixes = [[[20, 21], [20, 21, 22, 23]], [[]], [], [[30] * 7, [31], [30] * 8]]
     temperatures = [0.7, 1.4]
-    got = sample(policy, prompts[:4], Sampling(2, temperatures, 20, seed=5), prefixes, rows=7)
+    rows = []                                                      # of each batch
+
+    def watched(policy, prompts, counts, *more):
+        rows.append(sum(counts))
+        return sample_batch(policy, prompts, counts, *more)
+
+    sample_batch = model._sample_batch
+    monkeypatch.setattr(model, "_sample_batch", watched)
+    got = sample(policy, prompts[:4], Sampling(2, temperatures, 20, seed=5), prefixes, rows=5)
+    assert sum(rows) == 12 and max(rows) <= 5                      # the last question has 6
     uniforms = torch.rand(4, 2, 20, generator=torch.Generator().manual_seed(5))
     assert [len(group) for group in got] == [4, 2, 0, 6]
     for q, prompt in enumerate(prompts[:4]):
@@ -379,6 +389,7 @@ def test_fit_makes_the_update_of_the_whole_batch(policy, prompts, monkeypatch):
         mean = fit(policy, optimizer, iter([examples]), 1, 2, "test")
         assert mean == pytest.approx(loss.item(), rel=1e-5) and optimizer.updates == 1
         updates.append([start[name] - p.detach() for name, p in policy.named_parameters()])
+        assert all(p.grad is None for p in policy.parameters())    # pi_0 lives on, without them
     for one, two, gradient in zip(*updates, expected):
         assert torch.equal(one, two)
         torch.testing.assert_close(one, gradient, rtol=1e-3, atol=1e-5)
