@@ -4,7 +4,8 @@ evaluate.py: is an answer correct, how good is a policy, and how sure are we of 
 Paper (arXiv 2412.17451v3): the binary reward 1(a == a*) (section on the reward model), greedy
     accuracy, Pass@K and Reward-Pass@K (section on dynamics), the columns of its tables (in-domain
     test; MathVista's task types; out-of-domain benchmarks).
-Read:     evaluate_policy -> answer_greedily -> grade -> the statistics -> compare   (top-down)
+Read:     evaluate_policy -> answer_greedily -> grade -> explore, pass_metrics -> statistics ->
+          compare   (top-down)
 Departs:  the in-domain test carries the task columns (the paper gives them for MathVista); the
           out-of-domain columns are our five testbeds; of questions from files they are MathVista's
           task types, scored by our grade and by MathVista's own rules. Intervals are ours.
@@ -60,7 +61,7 @@ def evaluate_policy(name, policy, world, max_new_tokens, direct=False):
             unsound = share_unsound(questions, correct)
         elif questions[0].record:
             pairs = zip(questions, texts)
-            scores = [is_official(text, question.record) for question, text in pairs]
+            scores = [officially_correct(text, question.record) for question, text in pairs]
             official[split] = np.array(scores, float)              # (questions,)
     on_test = {"all": correct_in(graded["test"])}                  # column -> (questions,) 0 or 1
     for task in TASKS:
@@ -76,8 +77,8 @@ def evaluate_policy(name, policy, world, max_new_tokens, direct=False):
             "official": {"ood": scores, "ci95": scores_ci95} if official else None}
 
 def true_readings(questions, texts):
-    """The share of true ones among the lines that read something off the picture; None of none, and
-    of questions from files, whose pictures nobody has described."""
+    """The share of true ones among the lines that read something off the picture; None if there is
+    no such line, or for questions from files, whose pictures nobody has described."""
     verdicts = []
     if not questions[0].facts:
         return None
@@ -88,8 +89,8 @@ def true_readings(questions, texts):
     return sum(verdicts) / len(verdicts) if verdicts else None
 
 def share_unsound(questions, responses):
-    """Share of [(question index, text)] that the oracle does not call sound. None of none, and
-    where there is no oracle: of questions from files."""
+    """Share of [(question index, text)] that the oracle does not call sound. None if there are
+    none, or no oracle (questions from files)."""
     if not responses or not questions[0].facts:
         return None
     return sum(not sound(questions[i], text) for i, text in responses) / len(responses)
@@ -186,7 +187,7 @@ def find_answer(text, question):
         answer = re.split(r"\W", answer)[0]
     return answer or None
 
-def is_official(text, record):
+def officially_correct(text, record):
     """Is a response to a record of MathVista correct by its own rules (extract_answer.py and
     calculate_score.py of its repository), but for its questions to GPT: in their place stands what
     follows "answer:", or a response of one line itself. An empty response is then the shortest
@@ -235,7 +236,7 @@ def edit_distance(a, b):
 
 def unique_correct(questions, texts):
     """The binary reward 1(a == a*) as a filter: ([(question index, text)] of correct responses,
-    each text once per question; a Counter of the outcomes of all)."""
+    each text once per question, which is our choice; a Counter of the outcomes of all)."""
     unique, outcomes = [], Counter()
     for i, (question, group) in enumerate(zip(questions, texts)):
         grades = [grade(text, question) for text in group]
@@ -246,7 +247,7 @@ def unique_correct(questions, texts):
 
 def describe_round(questions, answered, num_labeled, outcomes, correct, kept):
     """What an iteration was trained on, in the words of metrics.jsonl. answered: the questions with
-    the answers that were gone by, pseudo answers among them."""
+    the answers graded against, pseudo answers among them."""
     unlabeled = list(zip(answered, questions))[num_labeled:]       # (voted, true)
     true_answers = sum(gold_of(voted) == gold_of(question) for voted, question in unlabeled)
     return {"num_questions": len(questions), "num_responses": outcomes.total(),
@@ -268,7 +269,7 @@ def explore(policy, questions, temperatures, how, reward=None):
     """Sample how.rollouts (n) responses to each question at each of the temperatures, at 0 a greedy
     one, with the same random numbers at every temperature: {temperature: Look}.
     reward(prompts, [question][n] of tokens) gives [question][n] of R_p."""
-    temperature_of, streams, own = [], [], {}      # of each of the responses to a question
+    temperature_of, streams, own = [], [], {}      # of each response; own: T -> its slice of them
     for temperature in temperatures:
         numbers = range(1, how.rollouts + 1) if temperature else [0]
         own[temperature] = slice(len(streams), len(streams) + len(numbers))
@@ -291,9 +292,9 @@ def explore(policy, questions, temperatures, how, reward=None):
     return looks
 
 def pass_metrics(look, L, ks):
-    """{metric: (Q,)} of a Look. pass@k is over all n. Reward-Pass@k, for each of `ks`, is over L,
-    as many as a training question gets, the mean of the n / L groups: with more to choose from,
-    hotter sampling would look better than it trains."""
+    """{metric: (Q,)} of a Look. pass@k: is one of all n correct. Reward-Pass@k, for each of `ks`:
+    among L, as many as a training question gets (our choice; the mean over n // L groups): among
+    more, hotter sampling would seem better than it is to train on."""
     is_correct, n = look.is_correct, look.is_correct.shape[1]
     metrics = {"pass_at_1": is_correct.mean(axis=1),
                "pass_at_k": is_correct.any(axis=1).astype(float)}
@@ -334,7 +335,8 @@ def pass_at_k(n, c, k):
 def reward_pass_at_k(correct, rewards, k):
     """The paper's Reward-Pass@K of one question: is a correct response among the k that the reward
     ranks highest, out of all n responses, correct or wrong. Where equal rewards straddle rank k,
-    each order of them is equally likely, and the value is the chance of a correct one.
+    each order of them is equally likely (our choice; `top_k` goes by text), and the value is the
+    chance of a correct one.
     correct: n bools, rewards: n numbers -> a float in [0, 1]."""
     if not 1 <= k <= len(rewards):
         raise ValueError(f"reward_pass_at_k needs 1 <= k <= n, got n={len(rewards)}, k={k}")
@@ -359,16 +361,16 @@ def interval(*groups, draws=2000):
     group (questions,) are resampled. Of one policy's 0s and 1s: its accuracy. Of the differences of
     two policies on the same questions: a paired comparison. It is about these policies only; the
     luck of a run is in results/tables.py, which sees several."""
-    rng, means = np.random.default_rng(0), []
+    rng, drawn = np.random.default_rng(0), []
     for values in groups:
         values, n, parts = np.asarray(values, float), len(values), []
         at_once = max(1, 10**6 // n)                               # draws; all may take gigabytes
         for i in range(0, draws, at_once):
             picked = rng.integers(n, size=(min(at_once, draws - i), n))    # with replacement
             parts.append(values[picked].mean(axis=1))
-        means.append(np.concatenate(parts))                        # (draws,)
-    means = np.average(means, axis=0, weights=[len(values) for values in groups])      # (draws,)
-    return np.percentile(means, [2.5, 97.5]).tolist()
+        drawn.append(np.concatenate(parts))                        # (draws,)
+    drawn = np.average(drawn, axis=0, weights=[len(values) for values in groups])      # (draws,)
+    return np.percentile(drawn, [2.5, 97.5]).tolist()
 
 def paired_gain(row, other):
     """How much a row of the result table beats another on the same questions: {id: [gain, low,

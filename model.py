@@ -9,7 +9,7 @@ Read:     VisionTower -> DecoderBlock -> Policy -> save, load -> fit -> sample  
 Departs:  sizes, and trained from scratch; one image per question, of one size, without tiling.
 Run:      python tests/bench.py runs/NAME      (how fast it is)
 
-Letters in shape comments: N different (image, prompt) pairs, B batch rows, P patches or (in the
+Letters in shape comments: N distinct (image, prompt) pairs, B batch rows, P patches or (in the
 decoder) prompt tokens, I image tokens, T text tokens, S cached tokens, C width, H heads, G
 key/value heads, D = C / H, V vocabulary, Q questions, L responses per question, R = Q L responses.
 """
@@ -162,7 +162,7 @@ class Grouping(NamedTuple):
     owner: torch.Tensor           # (B,) the number of each row's question
     rank: torch.Tensor            # (B,) the number of the row among its question's rows
     shape: tuple                  # N questions, and the most rows that one of them has
-    bias: torch.Tensor            # (B, 1, 1, P) 0, or -inf on the padding of a prompt
+    bias: torch.Tensor            # (B, 1, 1, I+P) 0, or -inf on a prompt's padding
 
     def matmul(self, rows, matrices):
         """rows (B, G, H/G, X) times the matrix of each row's question, (N, G, X, Y)
@@ -218,7 +218,7 @@ class DecoderBlock(nn.Module):
 
     def decode(self, x, cos, sin, prefix, suffix, grouping):
         """One new token per row, x (B, 1, C). In one softmax a row attends to its question's image
-        and prompt, prefix = (keys, values) (N, G, P, D), and to what was written in it, suffix =
+        and prompt, prefix = (keys, values) (N, G, I+P, D), and to what was written in it, suffix =
         (keys, values) (B, G, S, D): the KV cache, whose last column is filled here."""
         q, k, v = self.qkv(x, cos, sin)
         prefix_keys, prefix_values = prefix
@@ -228,7 +228,7 @@ class DecoderBlock(nn.Module):
         # token per row, scaled_dot_product_attention takes three times as long on a CPU
         q = q.view(len(x), self.kv_heads, -1, self.head_dim)       # (B, G, H/G, D)
         q = q * self.head_dim ** -0.5
-        prompt_scores = grouping.matmul(q, prefix_keys.mT) + grouping.bias             # (.., P)
+        prompt_scores = grouping.matmul(q, prefix_keys.mT) + grouping.bias             # (.., I+P)
         own_scores = (keys @ q.mT).mT                                                  # (.., S)
         weights = torch.cat([prompt_scores, own_scores], dim=-1).softmax(dim=-1).type_as(v)
         S = keys.shape[2]
@@ -350,12 +350,12 @@ def join_processes():
         if RANK:                                                   # the first one speaks for all
             sys.stdout = open(os.devnull, "w")
 
-def wait_for_all():
+def barrier():
     """No process goes on before all are here."""
     if PROCESSES > 1:
         distributed.barrier()
 
-def from_first(value):
+def broadcast(value):
     """What the first process has."""
     values = [value]
     if PROCESSES > 1:
@@ -366,7 +366,7 @@ def my_part(things):
     """Those of a list that this process works on."""
     return things[RANK::PROCESSES]
 
-def of_all(mine):
+def gather(mine):
     """The results for a whole list, in order, from each process's results for its own part."""
     if PROCESSES == 1:
         return mine
@@ -377,7 +377,7 @@ def of_all(mine):
         results[rank::PROCESSES] = of_rank
     return results
 
-def add_up(parameters, loss):
+def all_reduce(parameters, loss):
     """Make every gradient the sum of all processes'; returns the sum of their losses."""
     if PROCESSES == 1:
         return loss
@@ -397,7 +397,7 @@ def write_whole(path, data):
     """Write bytes beside `path`, down to the disk, and rename them into place: whatever stops the
     program, `path` is the old file or the new one. OSError as of open()."""
     if RANK:                                                       # the first process writes
-        return wait_for_all()
+        return barrier()
     part = Path(f"{path}.part")
     try:
         with open(part, "wb") as file:
@@ -408,7 +408,7 @@ def write_whole(path, data):
     except OSError:
         part.unlink(missing_ok=True)
         raise
-    wait_for_all()
+    barrier()
 
 def write_json(path, content):
     """Write a dict as JSON with a checksum. ValueError if it holds NaN or infinity."""
@@ -529,7 +529,7 @@ def fit(policy, optimizer, stream, updates, micro_batch, title):
             losses.append(loss)
             bar.set_postfix_str(f"loss {loss:.3f}", refresh=False)
             bar.update()
-    policy.zero_grad()                                             # their memory is free again
+    policy.zero_grad()                                             # frees the gradients' memory
     recent = losses[-100:]
     return sum(recent) / len(recent) if recent else None
 
@@ -541,9 +541,9 @@ def backward(policy, examples, micro_batch, pool):
     total = sum(len(example.response) for example in examples)
     parts = [examples[i:i + micro_batch] for i in range(0, len(examples), micro_batch)]
 
-    def gradient_of(part):                                         # not .backward(): threads would
-        batch = [tensor.to(policy.device) for tensor in collate(part)]     # add to one .grad in
-        share_of_batch = sum(len(example.response) for example in part) / total    # any order
+    def gradient_of(part):                     # .backward() would add to one .grad in any order
+        batch = [tensor.to(policy.device) for tensor in collate(part)]
+        share_of_batch = sum(len(example.response) for example in part) / total
         with precision(policy.device):
             loss = policy.loss(*batch) * share_of_batch
         return loss.item(), torch.autograd.grad(loss, parameters)
@@ -554,7 +554,7 @@ def backward(policy, examples, micro_batch, pool):
         batch_loss += loss
         for parameter, gradient in zip(parameters, gradients):
             parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
-    return add_up(parameters, batch_loss)
+    return all_reduce(parameters, batch_loss)
 
 def progress_bar(total, title, unit):
     """A progress bar that goes when it is full; none where there is no stderr."""
@@ -563,27 +563,27 @@ def progress_bar(total, title, unit):
 
 def collate(examples):
     """Tensors of a batch, as `Policy.loss` takes them: images and prompts without their last token,
-    each different pair once, with lengths (N,); owner (B,), which of them is each row's; ids
+    each distinct pair once, with lengths (N,); owner (B,), which of them is each row's; ids
     (B, T): the last token of the prompt, then the response but for its last; targets (B, T): the
     response, so that no prompt is learned, and -1 on padding; labels (B, T) where there are any."""
     labels = []
     if examples[0].labels:                                         # for a reward model
         labels = [_padded([example.labels for example in examples], -1.0, torch.float)]
     number = {}                                    # (image by identity, prompt) -> its number
-    different, owner = [], []
+    distinct, owner = [], []
     for example in examples:
         key = (id(example.image), *example.prompt)
         if key not in number:
             number[key] = len(number)
-            different.append(example)
+            distinct.append(example)
         owner.append(number[key])
-    images = [example.image for example in different]
+    images = [example.image for example in distinct]
     if any(map(callable, images)):                                 # in files: opened side by side,
         with ThreadPoolExecutor() as pool:                         # since each takes long
             images = list(pool.map(pixels_of, images))
     return (torch.stack(images),
-            _padded([example.prompt[:-1] for example in different], 0),
-            torch.tensor([len(example.prompt) - 1 for example in different]),
+            _padded([example.prompt[:-1] for example in distinct], 0),
+            torch.tensor([len(example.prompt) - 1 for example in distinct]),
             torch.tensor(owner),
             _padded([[example.prompt[-1], *example.response[:-1]] for example in examples], 0),
             _padded([example.response for example in examples], -1), *labels)
@@ -735,7 +735,7 @@ def sample(policy, prompts, how, prefixes=None, rows=None, progress=None):
     """Sample responses: list (Q) of Prompt, Sampling -> list (Q) of lists (L) of Response.
 
     The same responses as `sample_without_cache` (in fp32), with less work: image and prompt are
-    read once per question; keys and values are cached; rows that are done are not computed;
+    read once per batch; keys and values are cached; rows that are done are not computed;
     responses of a question that agree so far, whatever their temperature, share one row
     (`_branch`). Response l of question q draws its token t with number (q, streams[l], t) of one
     seeded table, so that they depend neither on workers nor, up to the order of floating-point
@@ -783,9 +783,9 @@ def sample(policy, prompts, how, prefixes=None, rows=None, progress=None):
     batches = _batches([prompts[q] for q, _ in parts], [L * len(t) for _, t in parts], rows)
     responses = [[] for _ in prompts]
     with ThreadPoolExecutor(WORKERS if policy.device.type == "cpu" else 1) as pool:
-        for batch, groups in zip(batches, of_all(list(pool.map(run, my_part(batches))))):
+        for batch, groups in zip(batches, gather(list(pool.map(run, my_part(batches))))):
             for i, group in zip(batch, groups):
-                responses[parts[i][0]] += group
+                responses[parts[i][0]] += group    # in order: `_batches` sorts stably
     return responses
 
 def _rows_at_once(policy, counts, T):
@@ -803,7 +803,7 @@ def _rows_at_once(policy, counts, T):
     free, _ = torch.cuda.mem_get_info()                            # bytes
     free += torch.cuda.memory_reserved() - torch.cuda.memory_allocated()   # kept by torch, unused
     share = math.ceil(sum(counts) / PROCESSES) + max(counts, default=0)    # of whole questions
-    return from_first(min(max(1, free // 2 // row), share))
+    return broadcast(min(max(1, free // 2 // row), share))
 
 def _batches(prompts, counts, rows):
     """Prompts, with counts of responses, in batches of at most `rows`, like lengths together."""
@@ -825,7 +825,7 @@ def _sample_batch(policy, prompts, counts, temperature, uniforms, forced, progre
     (R, T), device, end = forced.shape, policy.device, policy.tokenizer.EOS
     temperature, uniforms, forced = (x.to(device) for x in (temperature, uniforms, forced))
     # 1. Prefill: each question once. All its responses begin in one row.
-    logits, start, prefix = _prefill(policy, prompts)              # (N, V), (N,), (N, G, P, D)
+    logits, start, prefix = _prefill(policy, prompts)              # (N, V), (N,), (N, G, I+P, D)
     if not logits.isfinite().all():
         raise FloatingPointError("the policy's logits are not finite numbers")
     suffix = [[part.new_empty(R, part.shape[1], T, part.shape[3]) for part in layer]
@@ -848,7 +848,7 @@ def _sample_batch(policy, prompts, counts, temperature, uniforms, forced, progre
         live, row, tokens = live[goes_on], row[goes_on], tokens[goes_on]
         if not len(live):
             break
-        # 3. Branch: one row for each different (row, token)
+        # 3. Branch: one row for each distinct (row, token)
         row, feed = _branch(row, tokens, owner, suffix, t, policy.config.vocabulary)
         B = len(feed)
         # Questions that are done leave when they are half of all (else a tenth slower at T = 1)
@@ -863,14 +863,14 @@ def _sample_batch(policy, prompts, counts, temperature, uniforms, forced, progre
     return _responses(history, counts, end)
 
 def _branch(row, tokens, owner, suffix, t, vocabulary):
-    """Give each different (row, token) a row of its own: row, tokens (live,) -> (row of each
+    """Give each distinct (row, token) a row of its own: row, tokens (live,) -> (row of each
     response, token to feed to each row (B,)). Changes `owner` and the cache `suffix` in place.
 
     Six responses to one question, in two rows: those in one row have written the same so far.
         response                0  1  2  3  4  5
         row                     0  0  0  0  1  1
         token just drawn        7  7  9  7  5  5
-    Their different (row, token) pairs, in order: (0, 7) (0, 9) (1, 5), so B = 3 rows are needed.
+    Their distinct (row, token) pairs, in order: (0, 7) (0, 9) (1, 5), so B = 3 rows are needed.
         (0, 7) and (1, 5) are the first of their rows, and stay in them;
         (0, 9) moves to row 2, in which nobody is, with a copy of row 0's cache and owner.
         row afterwards          0  0  2  0  1  1          feed: 7 to row 0, 5 to row 1, 9 to row 2
@@ -917,16 +917,16 @@ def _prefill(policy, prompts):
 
 def _decode(policy, tokens, owner, start, t, prefix, suffix):
     """Feed token t of the response to each row: tokens, owner (B,); start (N,) lengths of image and
-    prompt; caches per layer: prefix (N, G, P, D), suffix (B, G, t + 1, D), whose last column is
+    prompt; caches per layer: prefix (N, G, I+P, D), suffix (B, G, t + 1, D), whose last column is
     filled here -> logits (B, V)."""
     device, N = owner.device, len(start)
     order, counts = owner.argsort(stable=True), owner.bincount(minlength=N)
     first = (counts.cumsum(0) - counts)[owner[order]]              # of each question, in order
     rank = torch.empty_like(owner)
     rank[order] = torch.arange(len(owner), device=device) - first
-    P = prefix[0][0].shape[2]
-    padding = torch.arange(1, P, device=device) >= start[:, None]  # (N, P - 1)
-    padding = F.pad(padding, (0, 1))                               # the last column is no padding
+    columns = prefix[0][0].shape[2]                                # I+P
+    padding = torch.arange(columns - 1, device=device) >= start[:, None] - 1           # (N, I+P-1)
+    padding = F.pad(padding, (0, 1))                               # the last prompt token is none
     bias = torch.zeros(padding.shape, device=device).masked_fill_(padding, -math.inf)
     grouping = Grouping(owner, rank, (N, int(counts.max())), bias[owner, None, None])
     cos, sin = policy.rope((start[owner] + t)[:, None])

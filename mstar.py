@@ -7,12 +7,12 @@ Paper (arXiv 2412.17451v3, "Diving into Self-Evolving Training for Multimodal Re
     "Continuous Self-Evolving". M-STaR adds a process reward model (prm.py) to the filter and
     chooses the sampling temperature by what that model finds (choose_temperature).
 Read:     Config, METHODS -> self_evolve (the paper's algorithm) -> what it calls -> the stages
-          before it (warm-up, PRM) -> a run and its folder -> command line
+          before it (warm-up, direct SFT) -> a run and its folder -> command line
 Departs:  the base is our own, of 0.8 M parameters (weights/base.py), the paper's a pretrained LMM;
           learning rates are larger (there 1e-6, for 8B), rounds smaller (6.25 % of the questions,
           there 25 %, chosen on validation); training is counted in updates. Smaller
           departures are named where they are made: best_temperature, pass_metrics,
-          questions_for_iteration, prm.RewardModel, prm.reward_of.
+          unique_correct, questions_for_iteration, prm.RewardModel, prm.reward_of.
 Run:      python mstar.py [--preset NAME] [--method mstar] [--seed N] [--out runs/NAME] ...
           python mstar.py --resume runs/NAME
 """
@@ -39,8 +39,8 @@ from evaluate import (as_text, auc, best_temperature, describe_round, evaluate_p
                       interval, make_prompts, means, one_line_errors, pass_metrics, percent,
                       run_command, sample_texts, share_unsound, unique_correct)
 from model import (RANK, WORKERS, Example, Optimizer, Policy, Sampling, adamw, available_devices,
-                   batches, fit, from_first, has_bf16, load, load_network, read_json, save,
-                   seed_for, wait_for_all, write_json, write_whole)
+                   barrier, batches, broadcast, fit, has_bf16, load, load_network, read_json, save,
+                   seed_for, write_json, write_whole)
 from prm import (RewardModel, StepLabels, audit, label_steps, pseudo_answered, random_k,
                  response_rewards, top_k, train_prm)
 from results.report import make_report, print_line, print_report, write_page, write_samples
@@ -89,7 +89,7 @@ class Config:
     prm_epochs: float = setting(3.0, "passes over the labeled responses", 1e-9)
     prm_lr: float = setting(1e-3, "learning rate of the PRM, decayed", 1e-9)
     # self-evolving
-    evolve_questions: int = setting(0, "ask only so many labeled questions, the last; 0: all", 0)
+    evolve_questions: int = setting(0, "ask only the last so many of each split; 0: all", 0)
     # its switches
     start_from: str = setting("last", "weights that a round starts from", choices=("last", "pi_0"))
     optimizer: str = setting("inherit", "optimizer state and schedule at each iteration",
@@ -103,10 +103,10 @@ class Config:
                              choices=("none", "vote", "true_answers"))
     mix_in: float = setting(0.0, "share of the iterations before unlabeled questions join", 0, 0.99)
     temperature: str = setting("1.0", "of sampled responses: a number, or adaptive (1.0 at first)")
-    adapt_by: str = setting("reward_pass_at_k", "what a sweep maximises, with k = keep_top or all",
+    adapt_by: str = setting("reward_pass_at_k", "what a sweep maximises (k: keep_top, or all L)",
                             choices=("reward_pass_at_k", "pass_at_k"))
     sweep_every: int = setting(2, "iterations from one sweep of T to the next, as in the paper")
-    watches: int = setting(0, "how often all T are measured, at equal distances", 0)
+    watches: int = setting(0, "how often all T are measured, evenly spaced", 0)
     epochs: float = setting(2.0, "how often each question is asked, in whole rounds", 1e-9)
     rollouts_per_question: int = setting(8, "L; the paper: 16", most=1000)
     evolve_updates: int = setting(1600, "updates of all iterations, equal for every method")
@@ -115,7 +115,7 @@ class Config:
     batch_size: int = setting(32, "examples per update")
     micro_batch: int = setting(16, "examples of a batch at once; fewer need less memory")
     lr_warmup_updates: int = setting(20, "linear start of every schedule")
-    validations: int = setting(8, "how often a policy is validated, at equal distances")
+    validations: int = setting(8, "how often a policy is validated, evenly spaced")
     monitor_rollouts: int = setting(16, "n of pass@k on validation", most=1000)
     max_new_tokens: int = setting(64, "longest response; true texts have up to 48", most=1000)
 
@@ -139,8 +139,8 @@ class Config:
         return max(1, round(asked / self.questions_per_iteration))
 
     def due(self, iteration, times):
-        """Is it this iteration that one of so many things, at equal distances, comes after? The
-        last one comes at the end, and one more (if there are any) at iteration 0."""
+        """Does one of `times` events, spread evenly over the iterations, fall after this one? The
+        last falls at the end, and one more (if there are any) at iteration 0."""
         done = iteration * times // self.iterations                # of iteration 0: 0
         before = (iteration - 1) * times // self.iterations        # of iteration 0: below 0
         return done > before
@@ -191,7 +191,7 @@ ROW_NAMES = {"pi_0": "pi_0 (warm-up)", "sft": "SFT (direct answers)", "prm": "+ 
              "mstar": "M-STaR"}                                    # others have their own
 PRESETS = {
     "cpu": {},                                                     # the defaults: 2 cores
-    # an eighth of the questions, all asked in each of 16 rounds: training saturates (claims C8, C9)
+    # an eighth of the questions, each asked in all of 16 rounds: training saturates (Figures 3, 4)
     "few": dict(evolve_questions=1000, epochs=16.0, interval=1.0, evolve_updates=3200),
     "test": dict(policy="scratch", recipe="test", labeled=48, validation=10, test=20,
                  testbed_questions=5, warmup_questions=10, warmup_rollouts=2, warmup_updates=3,
@@ -236,7 +236,7 @@ def self_evolve(cfg, pi_0, prm, world, run):
         if cfg.unlabeled == "vote":                                # Table 3
             answered = pseudo_answered(prm, questions, num_labeled, prompts, texts)
 
-        # 2. Reward: R = H(1(a == a*) R_p): correct, no text twice, the best by R_p
+        # 2. Reward: R = H(1(a == a*) R_p): correct, each text once, the best by R_p
         correct, outcomes = unique_correct(answered, texts)
         kept = select(cfg, prm, prompts, correct, iteration)
 
@@ -281,7 +281,7 @@ def questions_for_iteration(cfg, world, iteration):
     have joined they are half (our choice: the paper adds them on top), so that all methods ask the
     same number."""
     def part(split, first, number):
-        # each split has an order of its own; that of the labeled one has the older name
+        # each split has an order of its own; the labeled one's seed stays as it was once chosen
         purpose = ("questions",) if split == "labeled" else ("questions", split)
         rng = random.Random(seed_for(cfg.seed, *purpose))
         asked = world.get(split, [])[-cfg.evolve_questions:]       # 0: all
@@ -323,14 +323,14 @@ def improve(cfg, policy, optimizer, prompts, kept, iteration):
     return sft(cfg, policy, optimizer, prompts, kept, after - before, title, iteration)
 
 def sft(cfg, policy, optimizer, prompts, kept, updates, title, iteration=0, train=fit):
-    """Updates on [(question index, text)] behind their answer-free prompts: {updates, loss}."""
+    """Updates on [(question index, text)] after their answer-free prompts: {updates, loss}."""
     if not kept:
         print(f"{title}: nothing to train on, going on without an update")
         return {"updates": 0, "loss": None}
     examples = [Example(*prompts[i], policy.tokenizer.response(text)) for i, text in kept]
     rng = random.Random(seed_for(cfg.seed, "SFT", iteration))
-    # two of one image side by side, where two are kept: so a batch of 32 has 16 images, but 32
-    # with Top-1
+    # the (up to two) responses to one question are neighbours, so that their image is read once:
+    # a batch of 32 has about 16 images, and 32 with Top-1
     stream = batches(examples, cfg.batch_size, rng, together=2)
     loss = train(policy, optimizer, stream, updates, cfg.micro_batch, title)
     return {"updates": updates, "loss": loss}
@@ -371,10 +371,10 @@ def validate(cfg, policy, prm, world, temperature, iteration):
         metrics["reward_auc"] = auc(look.is_correct.ravel(), look.rewards.ravel())
     if cfg.due(iteration, cfg.watches):
         looks = look_at(cfg, policy, prm, questions, sorted({temperature, *GRID}), n)
-        looks = {str(t): passes_of(cfg, look) for t, look in looks.items()}
+        at_each = {str(t): passes_of(cfg, look) for t, look in looks.items()}
         metrics["watched"] = {
-            "surface": {t: means(passes) for t, passes in looks.items()},
-            "any_correct": {t: as_text(passes["pass_at_k"]) for t, passes in looks.items()}}
+            "surface": {t: means(passes) for t, passes in at_each.items()},
+            "any_correct": {t: as_text(passes["pass_at_k"]) for t, passes in at_each.items()}}
     return metrics
 
 def choose_temperature(cfg, policy, prm, world, current):
@@ -384,12 +384,12 @@ def choose_temperature(cfg, policy, prm, world, current):
     k = min(cfg.keep_top, L)                                       # the paper: 2
     aim = "pass_at_k" if cfg.adapt_by == "pass_at_k" else f"reward_pass_at_{k}"
     looks = look_at(cfg, policy, prm, world["validation"], GRID, L)    # current is in it
-    looks = {t: passes_of(cfg, look) for t, look in looks.items()}
-    best, chosen = best_temperature({t: passes[aim] for t, passes in looks.items()}, current)
-    gain = looks[best][aim] - looks[current][aim]                  # (Q,)
+    passes = {t: passes_of(cfg, look) for t, look in looks.items()}    # T -> {metric: (Q,)}
+    best, chosen = best_temperature({t: passes[t][aim] for t in GRID}, current)
+    gain = passes[best][aim] - passes[current][aim]                # (Q,)
     return chosen, {"aim": aim, "before": current, "best": best, "chosen": chosen,
                     "gain": [float(gain.mean()), *interval(gain)],
-                    "surface": {str(t): means(passes) for t, passes in looks.items()}}
+                    "surface": {str(t): means(passes[t]) for t in GRID}}
 
 # ---------------------------------------------------------------- the stages before it
 
@@ -405,7 +405,7 @@ def stage_warmup(cfg, base, world):
     unsound = share_unsound(questions, kept)
     share_correct = percent(outcomes["correct"] / outcomes.total())
     print(f"warm-up   {share_correct} of {outcomes.total():,} responses correct, {len(kept):,} "
-          f"different ones kept, unsound {percent(unsound)}", flush=True)
+          f"distinct ones kept, unsound {percent(unsound)}", flush=True)
     pi_0 = copy.deepcopy(base)                                     # the base is still needed
     # decayed, so that what self-evolving gains does not come from a smaller rate alone
     optimizer = new_optimizer(cfg, pi_0, cfg.warmup_lr, decay_over=cfg.warmup_updates)
@@ -428,9 +428,9 @@ def direct_sft(cfg, base, world, run):
 
 class Run:
     """The folder of a run. Every stage leaves a file, every round a state: what is there and whole
-    is not made again. So a stop costs at most the stage or round in work, and a resumed run ends as
-    if it had not been stopped (but for `seconds`, and on a GPU for rounding): each piece has its
-    own seeds."""
+    is not made again. So a stop costs at most the stage or round in progress, and a resumed run
+    ends as if it had not been stopped (but for `seconds`, and on a GPU for rounding): each piece
+    has its own seeds."""
 
     def __init__(self, out, main_method, tokenizer, device):
         self.out, self.main_method = out, main_method
@@ -490,7 +490,7 @@ class Run:
         except ValueError as error:
             print(f"{error}; not used, made again", flush=True)
         finally:
-            wait_for_all()                                         # before one of them writes it
+            barrier()                                              # before one of them writes it
 
     def fit(self, policy, optimizer, stream, updates, micro_batch, title, part=500):
         """`fit` for trainings of several minutes: saved after every `part` updates, or after more
@@ -502,7 +502,7 @@ class Run:
         while optimizer.updates < updates:
             number = min(part, updates - optimizer.updates)        # until the next save
             loss = fit(policy, optimizer, stream, number, micro_batch, title)
-            if from_first(time.time() - saved >= 49 * cost):
+            if broadcast(time.time() - saved >= 49 * cost):
                 began = time.time()
                 self.save(title, optimizer.updates, policy, optimizer, loss=loss)
                 saved = time.time()
@@ -552,7 +552,7 @@ def run_stages(cfg, out, command, program="mstar"):
         save(run.out / "policy.safetensors", base, made_by=command, **run.about.get("base", {}))
     evolved = [arm for arm in arms if arm.method != "base"]
     if evolved:
-        if not from_first((out / "pi_0.safetensors").exists()):    # at the start, not on resuming
+        if not broadcast((out / "pi_0.safetensors").exists()):     # at the start, not on resuming
             print(expected(cfg, evolved, base, world), flush=True)
         pi_0 = run.network("pi_0", Policy, stage_warmup, cfg, base, world)
         rows.append(run.result("checkpoint/test of pi_0", evaluate_policy, ROW_NAMES["pi_0"], pi_0,
@@ -636,7 +636,7 @@ def check_identity(cfg, out, command, program, world, tokenizer):
     meaning = zlib.crc32(repr((tokenizer.symbols, base, world)).encode())
     identity = {**asdict(cfg), "program": program, "splits": cfg.splits, "world": meaning}
     path = out / "config.json"                                     # the first file of a run
-    if not from_first(path.exists()):
+    if not broadcast(path.exists()):
         write_json(path, {**identity, "command": command})
     try:
         before = read_json(path)                                   # as JSON gives it back
@@ -724,8 +724,8 @@ def check(cfg):
             fail(f"--policy: {error}; --method base --policy scratch makes one of ours")
         if size % 64 and not cfg.data:                             # the canvas has 64 units
             fail(f"--policy {cfg.policy}: reads pictures of {size} pixels, no multiple of 64")
-    if Path(cfg.policy).is_file() and not cfg.data:                # a base of ours: of all tests it
-        about = read_json(Path(cfg.policy).with_suffix(".json"))   # has not seen its own world's
+    if Path(cfg.policy).is_file() and not cfg.data:                # new to a base of ours are only
+        about = read_json(Path(cfg.policy).with_suffix(".json"))   # the tests of its own world
         made = about.get("splits", cfg.splits)
         larger = any(cfg.splits[split] > made[split] for split in ("test", "validation", *TESTBEDS))
         if larger or about.get("world_seed", cfg.world_seed) != cfg.world_seed:
@@ -773,10 +773,10 @@ def main(argv=None):
     cfg, folder = parse(argv)
     if not folder and RANK == 0:
         folder = new_folder(cfg)
-    out = from_first(folder)
+    out = broadcast(folder)
     command = " ".join(["python mstar.py", *argv])
     with one_line_errors("mstar.py", f"go on with: python mstar.py --resume {out}"):
-        if not from_first((out / "report.json").exists()):
+        if not broadcast((out / "report.json").exists()):
             write_json(out / "report.json", run_stages(cfg, out, command))
     with one_line_errors("mstar.py", "without this file, --resume runs the arms again", ValueError):
         report = read_json(out / "report.json")                    # as a resumed run reads it

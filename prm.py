@@ -5,7 +5,7 @@ responses are worth training on.
 Paper (arXiv 2412.17451v3): the reward R = H(1(a == a*) R_p), R_p = min over steps of f(step), with
     H = Top-K (section on the reward model); step labels from Monte-Carlo rollouts (Math-Shepherd,
     arXiv 2312.08935); weighted voting (section on prompts).
-Read:     label_steps -> train_prm -> score -> top_k, weighted_vote -> audit   (top-down)
+Read:     label_steps -> RewardModel, train_prm -> score -> top_k, weighted_vote -> audit
 Departs:  pi_0 is fixed, and a network on top of it is trained (see RewardModel). Rollouts per step
           and their temperature are not published: see mstar.Config.
 Run:      python prm.py runs/NAME      (hold the PRM of a run against the oracle)
@@ -31,7 +31,7 @@ from data import oracle_of_steps, sound, world_of
 from evaluate import (answer_greedily, as_text, auc, find_answer, gold_of, grade, make_prompts,
                       one_line_errors, percent, run_command, sample_texts, tokens_of)
 from model import (WORKERS, DecoderBlock, Example, Optimizer, Policy, Sampling, adamw,
-                   available_devices, batches, causal, collate, fit, load_network, my_part, of_all,
+                   available_devices, batches, causal, collate, fit, gather, load_network, my_part,
                    precision, read_json, seed_for, write_json)
 from weights.public import tokenizer_for
 
@@ -51,7 +51,7 @@ class StepLabels(NamedTuple):
 
 def label_steps(cfg, pi_0, questions):
     """Monte-Carlo step labels: sample responses to each question at temperature 1, correct or
-    wrong, and label them: {labels: a StepLabels, as a dict, for each different one}."""
+    wrong, and label them: {labels: a StepLabels, as a dict, for each distinct one}."""
     how = Sampling(cfg.prm_responses, 1.0, cfg.max_new_tokens, seed_for(cfg.seed, "labels"))
     rollouts = Sampling(cfg.prm_rollouts, cfg.prm_temperature, cfg.max_new_tokens, how.seed + 1)
     prompts = make_prompts(pi_0, questions)                        # one per question
@@ -64,11 +64,11 @@ def label_responses(policy, questions, prompts, responses, how):
     that ends at a step, how.rollouts times, and count the correct completions. (The last step needs
     no rollout: its answer is there.) Each prefix is computed once, and rollouts of a question draw
     the same random numbers whatever their prefix (common random numbers), so that steps differ by
-    what they say. Returns a list of StepLabels, one for each different response."""
+    what they say. Returns a list of StepLabels, one for each distinct response."""
     step_ends = policy.tokenizer.step_ends
     L = how.rollouts
     responses = [list(dict.fromkeys(map(tuple, group))) for group in responses]    # each once
-    prefixes = []                                                  # [question][prefix], different
+    prefixes = []                                                  # [question][prefix], distinct
     for group in responses:
         of_question = [tokens[:end + 1] for tokens in group for end in step_ends(tokens)[:-1]]
         prefixes.append(list(dict.fromkeys(of_question)))          # each once, in order
@@ -119,8 +119,8 @@ class RewardModel(nn.Module):
         return self.policy.device
 
     def forward(self, images, prompts, lengths, owner, ids, targets):
-        """A batch as `collate` makes it -> (B, T) logits, of the step that ends with each token
-        of the responses, `targets`."""
+        """A batch as `collate` makes it -> (B, T) logits: of each token of the responses,
+        `targets`, as if a step ended with it."""
         with torch.no_grad():
             tokens = targets.clamp(min=0)                          # (B, T), padding is some token
             expected = self.policy.hidden(images, prompts, lengths, owner, ids)        # (B, T, C)
@@ -136,10 +136,10 @@ class RewardModel(nn.Module):
 
     def loss(self, images, prompts, lengths, owner, ids, targets, labels):
         """Binary cross-entropy against soft labels (B, T), -1 where no step ends, and a term for
-        pairs of steps. Their sum is divided by the number of tokens, by which `fit` weighs the
+        pairs of steps. Their sum is divided by the number of tokens, by which `backward` weighs the
         parts of a batch.
 
-        How hard a question is decides most of a label, but re-ranking compares responses to one
+        Most of a label is how hard its question is, but re-ranking compares responses to one
         question. So each pair of steps of one question (in one part of a batch) adds the logistic
         loss of its difference, by how much the labels differ, divided by the number of the
         question's steps, times 2 (our choice, on validation)."""
@@ -189,11 +189,11 @@ def score(prm, prompts, responses, rows=128):
     """f(s_i), the scores of every step: prompts (Q), responses [Q][L] of token lists -> [Q][L] of
     lists of floats in [0, 1], one per step. Equal responses to a question are computed once, `rows`
     of them at a time."""
-    different = {(q, tuple(tokens)) for q, group in enumerate(responses) for tokens in group}
-    different = sorted(different, key=lambda pair: (len(pair[1]), *pair))  # less padding
-    longest = len(different[-1][1]) if different else 1
+    distinct = {(q, tuple(tokens)) for q, group in enumerate(responses) for tokens in group}
+    distinct = sorted(distinct, key=lambda pair: (len(pair[1]), *pair))  # less padding
+    longest = len(distinct[-1][1]) if distinct else 1
     rows = max(1, min(rows, 2**28 // (longest * prm.config.vocabulary)))   # logits: at most 1 GB
-    parts = [different[start:start + rows] for start in range(0, len(different), rows)]
+    parts = [distinct[start:start + rows] for start in range(0, len(distinct), rows)]
 
     @torch.no_grad()
     def score_part(part):
@@ -204,15 +204,15 @@ def score(prm, prompts, responses, rows=128):
 
     scores = {}
     with ThreadPoolExecutor(WORKERS if prm.device.type == "cpu" else 1) as pool:
-        for part, of_part in zip(parts, of_all(list(pool.map(score_part, my_part(parts))))):
+        for part, of_part in zip(parts, gather(list(pool.map(score_part, my_part(parts))))):
             for (q, tokens), of_tokens in zip(part, of_part):                          # (T,)
                 scores[q, tokens] = of_tokens[prm.tokenizer.step_ends(tokens)].tolist()
     return [[scores[q, tuple(tokens)] for tokens in group] for q, group in enumerate(responses)]
 
 def reward_of(steps):
     """R_p = min over steps of f(s_i): a response is as good as its weakest step. Takes its scores.
-    Digits behind the fourth are noise of the batch (in fp32): without them, responses that begin
-    alike up to their weakest step have equal R_p (measured: 80 of 81 pairs, with them 35)."""
+    Rounded to four digits (our choice; the rest is rounding noise of the batch, in fp32): responses
+    that begin alike up to their weakest step then tie (80 of 81 pairs; 35 of them unrounded)."""
     return float(f"{min(steps):.4g}")
 
 def response_rewards(prm, prompts, responses):
@@ -251,12 +251,12 @@ def weighted_vote(answers, weights):
         if answer is not None:                                     # an answer was found
             votes[answer].append(weight)
     total = {answer: math.fsum(weights) for answer, weights in votes.items()}
-    # but for rounding, three votes of 0.1 tie with one of 0.3; long responses have weights of 1e-20
+    # rounding must not break a tie of 3 x 0.1 with 0.3; relative, since weights can be 1e-20
     least = max(total.values(), default=0) * (1 - 1e-9)
     return min((answer for answer in total if total[answer] >= least), default=None)
 
 def pseudo_answered(prm, questions, num_labeled, prompts, texts):
-    """The questions, those behind the first `num_labeled` with the answer that their responses vote
+    """The questions, those after the first `num_labeled` with the answer that their responses vote
     for (the paper's pseudo answers). prompts (Q), texts [Q][L]. Of the hidden answer only the kind
     is used (number, letter, yes or no, text), to read the responses."""
     answered, texts = questions[:num_labeled], texts[num_labeled:]
@@ -277,7 +277,7 @@ def audit(pi_0, prm, labels, labeled, questions, max_new_tokens, n=16):
         greedy, best_of_N, likeliest_of_N, weighted_vote_of_N, majority_of_N (Figure 2a): is the
             answer correct, picked by R_p or by pi_0's likelihood, or voted, of the first N
         unsound_W, steps_W (Figure 2b): share of unsound responses and mean number of steps, of the
-            correct and different ones: W = all of them, or the top_2 or likely_2 of each question
+            correct and distinct ones: W = all of them, or the top_2 or likely_2 of each question
         auc_reward, auc_likelihood: does R_p, does likelihood tell sound from unsound responses
     and auc_of_labels, auc_of_scores: do labels and scores tell the oracle's true steps. Where there
     is no oracle, of questions from files, what needs one is None."""
@@ -364,7 +364,7 @@ def main(argv=None):
         prm = load_network(folder / "prm.safetensors", tokenizer, device, RewardModel)
         labels = [StepLabels(**label) for label in read_json(folder / "labels.json")["labels"]]
         world = world_of(config)
-    labeled = world["labeled"][config["warmup_questions"]:]        # those behind the warm-up's
+    labeled = world["labeled"][config["warmup_questions"]:]        # those after the warm-up's
     with one_line_errors("prm.py", f"{folder}/audit.json is as it was"):
         result = audit(pi_0, prm, labels, labeled, world["test"], config["max_new_tokens"])
         write_json(folder / "audit.json", {**result, "seconds": time.time() - began})

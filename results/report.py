@@ -23,13 +23,13 @@ from PIL import Image
 from data import oracle_of_steps, sound
 from evaluate import (columns_of, format_table, grade, make_prompts, one_line_errors, paired_gain,
                       percent, points, run_command, sample_texts, testbeds_of, tokens_of,
-                      with_official)
+                      unique_correct, with_official)
 from model import WORKERS, Sampling, pixels_of, read_json, seed_for, write_json, write_whole
 from prm import label_responses, score
 
 FOLDER = Path(__file__).parent
 SHOWN = 2                                      # questions of each task type and testbed on the page
-LOOKS = 4                                      # at iteration 0, and so many more times
+SNAPSHOTS = 4                                  # at iteration 0, and so many more times
 
 # ---------------------------------------------------------------- during and after a run
 
@@ -47,7 +47,7 @@ def print_line(line):
     print(f"{', '.join(parts)}, {line['seconds']:.0f} s", flush=True)
 
 def make_report(cfg, run, command, world, rows, mine, lines):
-    """report.json: everything that a table, a figure or the page is made from. mine: the name of
+    """report.json: all numbers that tables, figures and the page show. mine: the name of
     the main method's row."""
     my_row = next((row for row in rows if row["name"] == mine), None)
     others = [row for row in rows if my_row and row is not my_row]
@@ -89,7 +89,7 @@ def write_samples(cfg, run, select, policy, pi_0, prm, world, temperature, itera
     """What the page shows of an iteration: SHOWN questions of each task type (of validation) and
     testbed, with L responses: grade, whether `select` would take it, and for each step the PRM's
     score, the Monte-Carlo label (rollouts of pi_0), the oracle's verdict. Never trained on."""
-    if cfg.method != run.main_method or not cfg.due(iteration, LOOKS):
+    if cfg.method != run.main_method or not cfg.due(iteration, SNAPSHOTS):
         return
     chosen = []
     for kind in sorted({question.task for question in world["validation"]}):
@@ -107,11 +107,8 @@ def write_samples(cfg, run, select, policy, pi_0, prm, world, temperature, itera
         rollouts = Sampling(cfg.prm_rollouts, cfg.prm_temperature, cfg.max_new_tokens, seed + 1)
         for label in label_responses(pi_0, questions, prompts, tokens_of(responses), rollouts):
             labels[label.question, tuple(label.tokens)] = label.targets
-    grades, correct = [], set()
-    for i, question in enumerate(questions):
-        grades.append([grade(text, question) for text in texts[i]])
-        correct |= {(i, text) for text, g in zip(texts[i], grades[i]) if g == "correct"}
-    selected = set(select(cfg, prm, prompts, sorted(correct), iteration))
+    correct, _ = unique_correct(questions, texts)                  # as in training
+    selected = set(select(cfg, prm, prompts, correct, iteration))
     shown, folder = [], run.out / "samples"
     folder.mkdir(exist_ok=True)
     for i, question in enumerate(questions):
@@ -125,7 +122,7 @@ def write_samples(cfg, run, select, policy, pi_0, prm, world, temperature, itera
             tokens, known = responses[i][l].tokens, bool(question.facts)   # to the oracle
             steps = policy.tokenizer.steps(tokens)
             shown[-1]["responses"].append({
-                "text": text, "steps": steps, "grade": grades[i][l],
+                "text": text, "steps": steps, "grade": grade(text, question),
                 "selected": first and (i, text) in selected,
                 "truncated": not responses[i][l].complete, "scores": scores and scores[i][l],
                 "labels": labels.get((i, tuple(tokens))),
@@ -205,9 +202,9 @@ CURVES = (     # name in metrics.jsonl, title, unit, how to read it (Figures of 
     ("pass_at_k", "Pass@k", "%", "Exploration: one of k responses is correct (3, 4a)."),
     ("reward_pass_at_2", "Reward-Pass@2", "%", "What the PRM can exploit of it (4c, 5)."),
     ("temperature", "Temperature", "T", "Of the responses trained on: where the sweeps put it."),
-    ("unsound", "Unsound", "%", "Unique correct responses that do not derive it, by the oracle."),
+    ("unsound", "Unsound", "%", "Unique correct responses whose steps do not derive the answer."),
     ("entropy", "Entropy", "nats per token", "Falls as the policy repeats itself."),
-    ("reward_auc", "AUC of R_p", "%", "Does the PRM, fixed since pi_0, still know it?"))
+    ("reward_auc", "AUC of R_p", "%", "Does the PRM, fixed since pi_0, still know this policy?"))
 
 def html_curves(lines):
     """Line charts of the metrics, one line per arm."""
@@ -224,8 +221,8 @@ def html_curves(lines):
 
 def line_chart(title, unit, series, note):
     """An inline SVG with axes, ticks and a legend: series {name: [(iteration, value)]}."""
-    points = [point for line in series.values() for point in line]
-    xs, ys = sorted({x for x, _ in points}), [y for _, y in points]
+    dots = [dot for line in series.values() for dot in line]
+    xs, ys = sorted({x for x, _ in dots}), [y for _, y in dots]
     low, high = min(ys), max(*ys, min(ys) + max(0.02 * abs(min(ys)), 0.01))    # never flat
     size = 10.0 ** math.floor(math.log10(high - low))
     tick = next(size * m for m in (0.2, 0.5, 1, 2, 5) if (high - low) / (size * m) <= 5)
@@ -267,13 +264,12 @@ def html_sweeps(lines):
         columns.append({float(t): values[aim] for t, values in surface.items()})
     values = [value for column in columns for value in column.values()]
     low, high = min(values), max(values)
-    for t in sorted(set().union(*columns)):
+    for t in columns[0]:                                           # the grid
         cells = [f"T = {t}"]
         for line, column in zip(lines, columns):
-            shade = (column.get(t, low) - low) / max(high - low, 1e-9)
+            shade = (column[t] - low) / max(high - low, 1e-9)
             kind = "heat chosen" if t == line["sweep"]["chosen"] else "heat"
-            text = f"{100 * column[t]:.1f}" if t in column else ""
-            cells.append(f"<td class='{kind}' style='--s: {shade:.2f}'>{text}")
+            cells.append(f"<td class='{kind}' style='--s: {shade:.2f}'>{100 * column[t]:.1f}")
         rows.append(cells)
     head = [f"{escape(aim)}, %", *(f"before iteration {line['iteration']}" for line in lines)]
     return html_table(head, rows) + "<p class='soft'>Dark: high. Outlined: chosen.</p>"

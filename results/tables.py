@@ -206,12 +206,12 @@ def dynamics_claims(runs):
                 "reward": numbers["reward_pass_at_2"],
                 **{t: numbers_in(line["watched"]["any_correct"][t]) for t in ("0.5", "1.5")}}
 
-    looks = [list(map(values, same)) for same in watched(runs)]    # [look][run]
+    rounds = [list(map(values, same)) for same in watched(runs)]   # [round][run]
 
     def at(place):                                                 # {name: (runs, questions)}
-        return {name: np.array(list(map(itemgetter(name), looks[place]))) for name in looks[0][0]}
+        return {name: np.array(list(map(itemgetter(name), rounds[place]))) for name in rounds[0][0]}
 
-    n, first, last = len(looks), at(0), at(-1)
+    n, first, last = len(rounds), at(0), at(-1)
     middle = (at((n - 1) // 2)["reward"] + at(n // 2)["reward"]) / 2   # of an even number, between
     rise = {name: last[name] - first[name] for name in first}
     effects = {"greedy accuracy rises": rise["greedy"],

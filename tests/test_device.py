@@ -196,7 +196,7 @@ def test_batches_fit_into_the_memory_of_a_gpu(policy, monkeypatch):
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: 10**10)
     assert model._rows_at_once(gpu, [10**9], 64) > rows[2]
     monkeypatch.setattr(model, "PROCESSES", 2)
-    monkeypatch.setattr(model, "from_first", lambda rows: ("the first one's", rows))
+    monkeypatch.setattr(model, "broadcast", lambda rows: ("the first one's", rows))
     assert model._rows_at_once(gpu, [7] * 143, 64) == ("the first one's", 508)
     assert len(model._batches([model.Prompt(None, [0])] * 143, [7] * 143, 508)) == 2
 

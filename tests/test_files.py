@@ -19,7 +19,7 @@ import evaluate
 import mstar
 import prm
 from data import Question, check_file, normal_answer, open_picture, read_questions, read_world
-from evaluate import edit_distance, gold_of, grade, is_official, official_prediction
+from evaluate import edit_distance, gold_of, grade, officially_correct, official_prediction
 from model import save, write_json
 from test_public import write_public
 from weights.public import PublicTokenizer
@@ -197,7 +197,7 @@ def test_the_normal_form_of_mathvista(extraction, record, prediction):
     ("Answer: 5.90", FLOAT, True), ('The answer is "5.9".', FLOAT, True), ("5.9", FLOAT, True),
     ("it is 5", mathvista("1", "5"), False), ("", mathvista("1", "5"), False)])
 def test_the_score_of_mathvista(text, record, expected):
-    assert is_official(text, record) == expected
+    assert officially_correct(text, record) == expected
 
 def test_edit_distance():
     for a, b, distance in (("", "", 0), ("", "ab", 2), ("kitten", "sitting", 3), ("ab", "ba", 2)):

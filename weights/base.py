@@ -27,9 +27,9 @@ class Recipe:
     arithmetic: int = 20_000           # texts of five arithmetic facts
     worked: int = 300                  # worked examples that are asked like a test question
     worked_with_answer: int = 6000     # worked examples with the answer in the prompt
-    texts: int = 5                     # reasoning texts per worked example, by different routes
+    texts: int = 5                     # reasoning texts drawn per worked example; each counts once
     caption_updates: int = 6000        # updates on captions and arithmetic alone, then
-    updates: int = 2000                # updates on worked examples, and half as many of the others
+    updates: int = 2000                # updates on a mix of these (a third) and worked examples
     lr: float = 3e-3                   # of AdamW (embeddings, norms, biases, patches)
     muon_lr: float = 2e-3              # of Muon (the matrices)
 
@@ -54,13 +54,13 @@ RECIPES = {
 }
 
 def train_base(questions, cfg, run):
-    """Train a policy from nothing by the recipe cfg.recipe, saved every some hundred updates by
+    """Train a policy from nothing by the recipe cfg.recipe, saved every 500 updates, or more, by
     run.fit. Returns (policy, {loss, recipe, world_seed and splits: whose tests it has not seen}).
 
     Captions name everything in a picture, or what the prompt asks for by name (in trials without
     the latter, pi_0's readings were mostly true, but of the wrong thing). Worked examples with the
     answer in the prompt are how it can explain answers at warm-up. Captions first: in one trial of
-    1,200 updates, a diet mixed from the start read prices at 55 %, captions first at 100 %."""
+    1,200 updates, the mix from the start read prices at 55 %, captions first at 100 %."""
     tokenizer, recipe = run.tokenizer, RECIPES[cfg.recipe]
     torch.manual_seed(cfg.seed)
     policy = Policy(ModelConfig(len(tokenizer), **recipe.sizes), tokenizer).to(run.device)
@@ -84,9 +84,8 @@ def train_base(questions, cfg, run):
         ids = tokenizer.prompt(question.text, answer)
         for text in dict.fromkeys(write_reasoning(question, rng) for _ in range(recipe.texts)):
             worked.append(Example(prompt.image, ids, tokenizer.response(text)))
-    # then a diet of two thirds worked examples
     mixed = rng.sample(perception, min(len(perception), len(worked) // 2)) + worked
-    # One row per picture: with up to four side by side, pi_0 was 12 points worse (one trial)
+    # together=1: with up to four rows of a picture side by side, pi_0 was 12 points worse (a trial)
     first = batches(perception, cfg.batch_size, random.Random(seed_for(cfg.seed, "captions")))
     then = batches(mixed, cfg.batch_size, random.Random(seed_for(cfg.seed, "worked examples")))
     stream = chain(islice(first, recipe.caption_updates), then)
