@@ -241,6 +241,38 @@ def test_tables_and_verdicts_are_those_of_the_committed_results(path):
     assert len([line for line in lines if line.startswith("|")]) > 6
     assert not [line for line in lines if line not in text]
 
+def test_verdicts_on_the_paper_s_claims_are_those_of_the_committed_results():
+    verdicts = {}                                                  # (file, words) -> verdict
+    for path in TABLES:
+        for claim in read_json(path)["claims"]:
+            verdicts[path.stem, claim["words"].partition(":")[0]] = claim["verdict"]
+    # what each row of the table rests on, in its order
+    rests_on = [["table1", "going on"], ["table1", "keeping"], ["table1", "an interval", "6.25 %"],
+                ["table2", "Top-2 beats all correct and"], ["table2", "Top-2 beats Top-1"],
+                ["main", "best-of-16"], ["main", "and yet"], ["main", "the Top-2 have"],
+                ["table3", "unlabeled"], ["table3", "with true"],
+                ["few", "pass@k falls"], ["few", "pass@k changes"], ["few", "greedy", "the gap"],
+                ["few", "Reward-Pass@2 saturates"], ["main", "T by Reward-Pass@2 beats T = 1"],
+                ["table4", "T by Reward-Pass@2 beats T by"], ["main", "M-STaR beats pi_0"],
+                ["table5", "M-STaR beats pi_0"], ["table5", "the smallest"]]
+    text = READMES[1].read_text()
+    lines = text[text.index("## The claims of the paper"):].split("\n\n")[2].splitlines()[2:]
+    for line, (file, *beginnings) in zip(lines, rests_on, strict=True):
+        for words in beginnings:
+            (verdict,) = [verdict for (stem, claim), verdict in verdicts.items()
+                          if file in stem and claim.startswith(words)]
+            assert line.endswith(f"| {verdict} |"), line
+
+def test_the_prm_against_the_oracle_is_what_was_measured():
+    text = READMES[1].read_text()
+    shown = first_table(text[text.index("## The PRM against the oracle"):])
+    names = ("greedy", "majority_of_16", "weighted_vote_of_16", "best_of_16", "likeliest_of_16",
+             "unsound_all", "unsound_top_2", "unsound_likely_2", "auc_reward", "auc_likelihood")
+    for seed, cells in enumerate(shown.values()):
+        measured = read_json(RESULTS / f"cpu-audit-seed{seed}.json")["mean"]
+        assert cells == [f"{100 * measured[name]:.1f}" for name in names]
+    assert len(shown) == len(MAIN["seeds"])
+
 def test_every_table_of_the_paper_has_a_result():
     names = {path.stem for path in TABLES}
     assert names == {"few-dynamics", "cpu-main", *(f"cpu-table{number}" for number in range(1, 6))}
