@@ -50,6 +50,8 @@ def begin(argv, log, dies_at=None, rng=random):
     for module in (prm, evaluate, results.report):
         module.grade = guess
     mstar.Run.fit.__defaults__ = (3,)                              # saved every 3 updates
+    # a shell starts what runs in its background with Ctrl-C ignored
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     writes, write_whole = 0, model.write_whole
 
     def deadly(path, data):
