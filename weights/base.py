@@ -27,7 +27,7 @@ class Recipe:
     arithmetic: int = 20_000           # texts of five arithmetic facts
     worked: int = 300                  # worked examples that are asked like a test question
     worked_with_answer: int = 6000     # worked examples with the answer in the prompt
-    texts: int = 5                     # reasoning texts drawn per worked example; each counts once
+    texts: int = 5                     # reasoning texts drawn per worked example, equal ones once
     caption_updates: int = 6000        # updates on captions and arithmetic alone, then
     updates: int = 2000                # updates on a mix of these (a third) and worked examples
     lr: float = 3e-3                   # of AdamW (embeddings, norms, biases, patches)
