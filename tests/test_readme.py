@@ -11,7 +11,7 @@ import evaluate
 from data import TESTBEDS, build_world
 from evaluate import correct_in
 from model import read_json
-from results.tables import format_table, run_intervals
+from results.tables import format_table, run_intervals, verdict
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "results"
@@ -125,34 +125,56 @@ def test_what_is_trained_on_is_what_the_runs_of_table_2_say():
                      f"{100 * last('pass_at_1'):.1f} | {100 * last('pass_at_k'):.1f} |")
     assert len(shown) == 6 and not set(shown) - set(READMES[1].read_text().splitlines())
 
-def test_what_chooses_is_what_was_measured():
-    runs_of = read_json(RESULTS / "cpu-controls.json")["arms"]
+def runs_of_eight_seeds():
+    """arm -> its runs, of table 2's three seeds and of five more: what chooses the two."""
+    controls = read_json(RESULTS / "cpu-controls.json")
+    runs = {"likelihood": controls["arms"]["likelihood"]}
     for arm in read_json(RESULTS / "cpu-table2.json")["arms"]:
         greedy = [line["greedy_accuracy"] for line in arm["iterations"] if "entropy" in line]
-        runs_of.setdefault(arm["arm"], []).append({"row": arm["row"], "greedy_accuracy": greedy})
-    text = READMES[1].read_text()
-    shown = first_table(text[text.index("### What of R_p chooses?"):])
-    order = ("prm", "with_likelihood", "likelihood", "random_2")
-    for cells, arm in zip(shown.values(), order, strict=True):
+        runs.setdefault(arm["arm"], []).append({"row": arm["row"], "greedy_accuracy": greedy})
+    return {arm: runs[arm] + more for arm, more in controls["seeds 3 to 7"].items()}
+
+def gain_of_choice(better, worse, splits=("test",)):
+    """One array (runs, questions) for each split."""
+    runs = runs_of_eight_seeds()
+    correct = [np.array([[correct_in(run["row"]["graded"][split]) for run in runs[arm]]
+                         for split in splits]) for arm in (better, worse)]
+    return list(correct[0] - correct[1])
+
+def test_what_chooses_is_what_was_measured():
+    runs_of, text = runs_of_eight_seeds(), READMES[1].read_text()
+    text = text[text.index("### What of R_p chooses?"):]
+    order = ("prm", "likelihood", "random_2", "continuous")
+    for cells, arm in zip(first_table(text).values(), order, strict=True):
         rows = [run["row"] for run in runs_of[arm]]
         seen = [[100 * value for value in run["greedy_accuracy"]] for run in runs_of[arm]]
+        assert len(rows) == 8
         assert cells == [f"{mean(run[-1] for run in seen):.1f}",
                          f"{mean(mean(run[-4:]) for run in seen):.1f}",
                          f"{100 * mean(row['id']['all'] for row in rows):.1f}",
                          f"{100 * mean(row['ood']['all'] for row in rows):.1f}",
                          f"{100 * mean(row['unsound'] for row in rows):.1f}",
                          ", ".join(f"{100 * row['id']['all']:.1f}" for row in rows)]
+    words = {"R_p": "prm", "likelihood": "likelihood", "chance": "random_2", "all": "continuous"}
+    shown = first_table(text[text.index("| points, with"):])
+    for pair, cells in shown.items():
+        better, worse = (words[word] for word in pair.split(" over "))
+        (gain,) = gain_of_choice(better, worse)
+        beds = gain_of_choice(better, worse, TESTBEDS)
+        assert cells == [points((gain.mean(), *run_intervals([gain]))),
+                         ", ".join(f"{100 * one:+.1f}" for one in gain.mean(axis=1)),
+                         points((np.mean(beds), *run_intervals(beds)))]
+    with_likelihood = read_json(RESULTS / "cpu-controls.json")["arms"]["with_likelihood"]
+    gain = np.array([correct_in(a["row"]["graded"]["test"]) - correct_in(b["row"]["graded"]["test"])
+                     for a, b in zip(runs_of["prm"], with_likelihood)])        # three seeds
+    assert points((gain.mean(), *run_intervals([gain]))) in text
     # and the sentence on what the gain of Top-2 is made of
-    correct = {arm: np.array([correct_in(run["row"]["graded"]["test"]) for run in runs_of[arm]])
-               for arm in ("continuous", *order)}
-    whole, by_number, by_likelihood = (
-        f"{100 * (correct[better].mean() - correct[worse].mean()):.1f}" for better, worse in
-        (("prm", "continuous"), ("random_2", "continuous"), ("likelihood", "random_2")))
-    gain = correct["prm"] - correct["likelihood"]
-    shown = points((gain.mean(), *run_intervals([gain])))
-    assert (f"of {whole} points on three other runs, two responses by chance give {by_number}, the "
-            f"two that pi_0 finds likeliest {by_likelihood} more, and R_p the last {shown[1:]}"
-            ) in READMES[0].read_text()
+    steps = ("prm", "continuous"), ("random_2", "continuous"), ("likelihood", "random_2")
+    whole, by_number, by_likelihood = (f"{100 * gain_of_choice(*pair)[0].mean():.1f}"
+                                       for pair in steps)
+    assert (f"of {whole} points on eight other runs, two responses by chance give {by_number}, the "
+            f"two that pi_0 finds likeliest {by_likelihood} more, and R_p the last "
+            f"{shown['R_p over likelihood'][0][1:]}") in READMES[0].read_text()
 
 def test_what_the_oracle_filter_does_is_what_was_measured():
     rows = [run["row"] for run in read_json(RESULTS / "cpu-controls.json")["arms"]["oracle_filter"]]
@@ -255,9 +277,11 @@ def test_verdicts_on_the_paper_s_claims_are_those_of_the_committed_results():
     for path in TABLES:
         for claim in read_json(path)["claims"]:
             verdicts[path.stem, claim["words"].partition(":")[0]] = claim["verdict"]
+    by_chance, _ = verdict([gain_of_choice("prm", "random_2")])    # on eight seeds
+    verdicts["cpu-controls", "Top-2 beats Random-2"] = by_chance
     # what each row of the table rests on, in its order
     rests_on = [["table1", "going on"], ["table1", "keeping"], ["table1", "an interval", "6.25 %"],
-                ["main", "Top-2 beats all"], ["table2", "Top-2 beats all correct and"],
+                ["main", "Top-2 beats all"], ["controls", "Top-2 beats Random-2"],
                 ["table2", "Top-2 beats Top-1"],
                 ["main", "best-of-16"], ["main", "and yet"], ["main", "the Top-2 have"],
                 ["table3", "unlabeled"], ["table3", "with true"],
@@ -269,9 +293,9 @@ def test_verdicts_on_the_paper_s_claims_are_those_of_the_committed_results():
     lines = text[text.index("## The claims of the paper"):].split("\n\n")[2].splitlines()[2:]
     for line, (file, *beginnings) in zip(lines, rests_on, strict=True):
         for words in beginnings:
-            (verdict,) = [verdict for (stem, claim), verdict in verdicts.items()
-                          if file in stem and claim.startswith(words)]
-            assert line.endswith(f"| {verdict} |"), line
+            (said,) = [said for (stem, claim), said in verdicts.items()
+                       if file in stem and claim.startswith(words)]
+            assert line.endswith(f"| {said} |"), line
 
 def test_the_prm_against_the_oracle_is_what_was_measured():
     text = READMES[1].read_text()
