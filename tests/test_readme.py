@@ -143,7 +143,7 @@ def gain_of_choice(better, worse, splits=("test",)):
 
 def test_what_chooses_is_what_was_measured():
     runs_of, text = runs_of_eight_seeds(), READMES[1].read_text()
-    text = text[text.index("### What of R_p chooses?"):]
+    text = text[text.index("### Chosen by R_p, by likelihood, by chance"):]
     order = ("prm", "likelihood", "random_2", "continuous")
     for cells, arm in zip(first_table(text).values(), order, strict=True):
         rows = [run["row"] for run in runs_of[arm]]
