@@ -144,7 +144,7 @@ def gain_of_choice(better, worse, splits=("test",)):
 def test_what_chooses_is_what_was_measured():
     runs_of, text = runs_of_eight_seeds(), READMES[1].read_text()
     text = text[text.index("### Chosen by R_p, by likelihood, by chance"):]
-    order = ("prm", "likelihood", "random_2", "continuous")
+    order = ("prm", "likelihood", "random_2", "continuous", "top_1")
     for cells, arm in zip(first_table(text).values(), order, strict=True):
         rows = [run["row"] for run in runs_of[arm]]
         seen = [[100 * value for value in run["greedy_accuracy"]] for run in runs_of[arm]]
@@ -155,7 +155,8 @@ def test_what_chooses_is_what_was_measured():
                          f"{100 * mean(row['ood']['all'] for row in rows):.1f}",
                          f"{100 * mean(row['unsound'] for row in rows):.1f}",
                          ", ".join(f"{100 * row['id']['all']:.1f}" for row in rows)]
-    words = {"R_p": "prm", "likelihood": "likelihood", "chance": "random_2", "all": "continuous"}
+    words = {"R_p": "prm", "likelihood": "likelihood", "chance": "random_2", "one": "top_1",
+             "all": "continuous"}
     shown = first_table(text[text.index("| points, with"):])
     for pair, cells in shown.items():
         better, worse = (words[word] for word in pair.split(" over "))
