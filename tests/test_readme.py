@@ -1,6 +1,7 @@
 """README.md and those of results/ show what the runs in results/ measured, and nothing else; what
 they point to is there."""
 import re
+from functools import cache
 from pathlib import Path
 from statistics import mean
 
@@ -125,6 +126,7 @@ def test_what_is_trained_on_is_what_the_runs_of_table_2_say():
                      f"{100 * last('pass_at_1'):.1f} | {100 * last('pass_at_k'):.1f} |")
     assert len(shown) == 6 and not set(shown) - set(READMES[1].read_text().splitlines())
 
+@cache
 def runs_of_eight_seeds():
     """arm -> its runs, of table 2's three seeds and of five more: what chooses the two."""
     controls = read_json(RESULTS / "cpu-controls.json")
@@ -169,6 +171,17 @@ def test_what_chooses_is_what_was_measured():
     gain = np.array([correct_in(a["row"]["graded"]["test"]) - correct_in(b["row"]["graded"]["test"])
                      for a, b in zip(runs_of["prm"], with_likelihood)])        # three seeds
     assert points((gain.mean(), *run_intervals([gain]))) in text
+    (gain,) = gain_of_choice("prm", "random_2")                    # as seeds came in, and the new
+    for some in (gain[:5], gain[:7], gain[3:]):
+        assert points((some.mean(), *run_intervals([some]))) in text
+    before = read_json(RESULTS / "cpu-trials.json")["table2_before"]["arms"]
+    for worse in ("random_2", "likelihood"):                       # three runs more: eleven
+        (gain,) = gain_of_choice("prm", worse)
+        more = np.subtract(before["prm"], before[worse])[:, 0]     # in domain
+        runs = np.append(100 * gain.mean(axis=1), more)
+        error = 2.228 * runs.std(ddof=1) / len(runs) ** 0.5        # Student's t, 10 degrees
+        low, high = runs.mean() - error, runs.mean() + error
+        assert len(runs) == 11 and f"{runs.mean():+.1f} [{low:+.1f}, {high:+.1f}]" in text
     # and the sentence on what the gain of Top-2 is made of
     steps = ("prm", "continuous"), ("random_2", "continuous"), ("likelihood", "random_2")
     whole, by_number, by_likelihood = (f"{100 * gain_of_choice(*pair)[0].mean():.1f}"
