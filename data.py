@@ -569,13 +569,15 @@ def _make(rng, template, id, look="plain", unseen_wording=False):
     return Question(id, template.task, template.name, text, answer, tuple(drawing), facts, slots,
                     tuple(answers), look)
 
-SPLITS = ("test", "validation", *TESTBEDS, "labeled", "unlabeled", "base")
+FULL_SIZES = {"test": 750, "validation": 250, **dict.fromkeys(TESTBEDS, 250)}          # of tests
+SPLITS = (*FULL_SIZES, "labeled", "unlabeled", "base")
 
 def build_world(sizes, seed=0):
     """Make all splits: {name: list of Question}. `sizes`: {split: number of questions}. No two
     questions share a picture. Tests come first, each split from its own random stream: they stay
-    the same whatever the sizes of the training splits. ValueError names a split that is unknown, or
-    for which there are not enough different pictures."""
+    the same whatever the sizes of the training splits, and smaller ones are parts of those of full
+    size, of which a base has seen no picture. ValueError names a split that is unknown, or for
+    which there are not enough different pictures."""
     if unknown := sizes.keys() - set(SPLITS):
         raise ValueError(f"unknown split {sorted(unknown)[0]!r}; known: {', '.join(SPLITS)}")
     seen, world = set(), {}                                        # drawings of all splits
@@ -583,9 +585,9 @@ def build_world(sizes, seed=0):
         rng = random.Random(f"{seed}/{split}")                     # its own stream
         templates = {"size": SIZE, "compose": COMPOSE}.get(split, IN_DOMAIN)
         look = split if split in ("style", "layout") else "plain"
-        world[split], tries = [], 0
-        while len(world[split]) < sizes.get(split, 0):
-            number = len(world[split])
+        questions, tries = [], 0
+        while len(questions) < max(sizes.get(split, 0), FULL_SIZES.get(split, 0)):
+            number = len(questions)
             task = TASKS[number % len(TASKS)]                      # the tasks take turns
             template = rng.choice([one for one in templates if one.task == task])
             question = _make(rng, template, f"{split}/{number}", look, split == "wording")
@@ -593,10 +595,11 @@ def build_world(sizes, seed=0):
             if question.drawing not in seen:
                 tries = 0                                          # in a row without a new picture
                 seen.add(question.drawing)
-                world[split].append(question)
+                questions.append(question)
             elif tries == 10_000:                                  # of rectangles there are 17,280
                 raise ValueError(f"no new picture for question {number} of the split {split}: ask "
                                  "for fewer questions (--labeled)")
+        world[split] = questions[:sizes.get(split, 0)]
     return world
 
 # ---------------------------------------------------------------- questions from files

@@ -41,13 +41,17 @@ def testbeds_of(world):
     return [split for split in world if split in TESTBEDS or split in TASKS]
 
 def evaluate_policy(name, policy, world, max_new_tokens, direct=False):
-    """A row of the result table, of greedy responses (`direct`: asked for the answer alone): {name,
-    id: {all, FQA, ...}, ood: {style, ..., all}: accuracies on the test, by task, and the testbeds
-    ci95: id and ood as bootstrap intervals over questions
-    unparseable, unsound: on the test; the latter by the oracle, of the correct responses
-    readings: {split: the share of written readings that are true}, which is how well it sees
-    graded: {split: a letter per question (c correct, w wrong, u unparseable)}, to compare rows
-    official: {ood, ci95} by MathVista's rules}. Shares are in [0, 1]; None is not known."""
+    """A row of the result table, of greedy responses (`direct`: asked for the answer alone):
+        name
+        id           {all, FQA, ...}: accuracy on the test, by task
+        ood          {style, ..., all}: accuracy on each testbed, and on all of them
+        ci95         {id, ood}: the same as bootstrap intervals over questions
+        unparseable  share of the responses to the test
+        unsound      share of the correct responses to the test, by the oracle
+        readings     {split: share of the written readings that are true}: how well it sees
+        graded       {split: a letter per question: c correct, w wrong, u unparseable}
+        official     {ood, ci95} by MathVista's rules
+    Shares are in [0, 1]; None is not known."""
     beds, unsound = testbeds_of(world), None
     graded, readings, official = {}, {}, {}                        # of each split
     for split in ("test", *beds):
@@ -363,12 +367,9 @@ def interval(*groups, draws=2000):
     luck of a run is in results/tables.py, which sees several."""
     rng, drawn = np.random.default_rng(0), []
     for values in groups:
-        values, n, parts = np.asarray(values, float), len(values), []
-        at_once = max(1, 10**6 // n)                               # draws; all may take gigabytes
-        for i in range(0, draws, at_once):
-            picked = rng.integers(n, size=(min(at_once, draws - i), n))    # with replacement
-            parts.append(values[picked].mean(axis=1))
-        drawn.append(np.concatenate(parts))                        # (draws,)
+        values, n = np.asarray(values, float), len(values)
+        # draw by draw, with replacement: all at once may take gigabytes
+        drawn.append([values[rng.integers(n, size=n)].mean() for _ in range(draws)])
     drawn = np.average(drawn, axis=0, weights=[len(values) for values in groups])      # (draws,)
     return np.percentile(drawn, [2.5, 97.5]).tolist()
 
@@ -455,8 +456,8 @@ def one_line_errors(program, advice, *bad_input):
         if isinstance(error, RuntimeError) and "allocate" not in str(error):
             raise
         line, status = "out of memory", 2
-        advice = ("with mstar.py, begin again with a smaller --micro_batch (in training), "
-                  "--rollouts_per_question")
+        advice = ("with mstar.py, begin again with a smaller --micro_batch (if in training) or "
+                  "--rollouts_per_question (if in sampling)")
     except FloatingPointError as error:                            # names the update
         line, status = str(error), 1
     except (OSError, *bad_input) as error:                         # a disk, or a file

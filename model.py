@@ -71,7 +71,8 @@ class ModelConfig:
             kind = float if name == "rope_theta" else int
             least = int(name not in ("vision_layers", "hidden"))
             if type(value) is not kind or not least <= value <= most:
-                raise ValueError(f"{name} {value!r}: must be at least {least} and at most {most}")
+                raise ValueError(f"{name} {value!r}: must be a {kind.__name__} from {least} to "
+                                 f"{most}")
         if self.image_size % (self.patch_size * self.shuffle) or self.heads % self.kv_heads:
             raise ValueError(f"image_size {self.image_size} must be a multiple of {self.shuffle} x "
                              f"patch_size, heads {self.heads} of kv_heads")
@@ -310,8 +311,8 @@ class Policy(nn.Module):
                           causal(T, device).expand(len(ids), 1, -1, -1)], dim=-1)
         cache = []
         for block in self.blocks:
-            if block is self.blocks[-1]:                           # nobody needs more of the prefix
-                _, k, v = block.qkv(prefix, *prefix_rope)          # than its last keys and values
+            if block is self.blocks[-1]:       # of the last, keys and values of the prefix are all
+                _, k, v = block.qkv(prefix, *prefix_rope)
             else:
                 prefix, k, v = block(prefix, *prefix_rope, causal(S, device))
             rows, k, v = block(rows, *row_rope, mask, past=(k[owner], v[owner]))
@@ -569,22 +570,17 @@ def collate(examples):
     labels = []
     if examples[0].labels:                                         # for a reward model
         labels = [_padded([example.labels for example in examples], -1.0, torch.float)]
-    number = {}                                    # (image by identity, prompt) -> its number
-    distinct, owner = [], []
-    for example in examples:
-        key = (id(example.image), *example.prompt)
-        if key not in number:
-            number[key] = len(number)
-            distinct.append(example)
-        owner.append(number[key])
+    pairs = [(id(example.image), *example.prompt) for example in examples]     # image by identity
+    example_of = dict(zip(pairs, examples))                        # of each distinct pair, in order
+    distinct, number = example_of.values(), {pair: i for i, pair in enumerate(example_of)}
     images = [example.image for example in distinct]
-    if any(map(callable, images)):                                 # in files: opened side by side,
-        with ThreadPoolExecutor() as pool:                         # since each takes long
+    if any(map(callable, images)):             # in files: opened side by side, each takes long
+        with ThreadPoolExecutor() as pool:
             images = list(pool.map(pixels_of, images))
     return (torch.stack(images),
             _padded([example.prompt[:-1] for example in distinct], 0),
             torch.tensor([len(example.prompt) - 1 for example in distinct]),
-            torch.tensor(owner),
+            torch.tensor([number[pair] for pair in pairs]),
             _padded([[example.prompt[-1], *example.response[:-1]] for example in examples], 0),
             _padded([example.response for example in examples], -1), *labels)
 
@@ -780,19 +776,19 @@ def sample(policy, prompts, how, prefixes=None, rows=None, progress=None):
     rows = rows or _rows_at_once(policy, counts, T)
     most = max(1, rows // L)                       # prefixes of one question that go in at once
     parts = [(q, part) for q, table in enumerate(forced) for part in table.split(most)]
-    batches = _batches([prompts[q] for q, _ in parts], [L * len(t) for _, t in parts], rows)
+    cut = _batches([prompts[q] for q, _ in parts], [L * len(t) for _, t in parts], rows)
     responses = [[] for _ in prompts]
     with ThreadPoolExecutor(WORKERS if policy.device.type == "cpu" else 1) as pool:
-        for batch, groups in zip(batches, gather(list(pool.map(run, my_part(batches))))):
+        for batch, groups in zip(cut, gather(list(pool.map(run, my_part(cut))))):
             for i, group in zip(batch, groups):
                 responses[parts[i][0]] += group    # in order: `_batches` sorts stably
     return responses
 
 def _rows_at_once(policy, counts, T):
     """How many of all responses go into one batch, the same in every process; counts: those of each
-    question. On a CPU at most 1024, and a quarter, so that all cores have work; on a GPU each
-    process's share, if half of the free memory holds it (not measured yet): a decode step of many
-    rows takes hardly longer there than one of few."""
+    question. On a CPU at most 1024, and a quarter of all, so that four cores have work (more would
+    change how work is cut); on a GPU each process's share, if half of the free memory holds it (not
+    measured yet): a decode step of many rows takes hardly longer there than one of few."""
     if policy.device.type not in ("cpu", "cuda"):                  # a Mac's does not say
         return 4096
     c = policy.config
@@ -832,11 +828,11 @@ def _sample_batch(policy, prompts, counts, temperature, uniforms, forced, progre
               for layer in prefix]                                 # the cache: a line for each row
     row = torch.arange(len(counts), device=device).repeat_interleave(
         torch.tensor(counts).to(device))                           # (live,) each response's row
-    owner = torch.arange(R, device=device)                         # (R,) each row's question
+    owner = torch.arange(R, device=device)     # (R,) each row's question: at first row q is q's
     live = torch.arange(R, device=device)                          # the responses that go on
     history = []                                                   # (live, tokens, log_probs)
-    # On a GPU the host waits in each step for what its next sizes depend on: which responses go on
-    # (nonzero), how many rows they have (unique) and who moves (nonzero), and the most rows of a
+    # On a GPU the host waits in each step for what its next sizes depend on: all of nonzero, unique
+    # and boolean masks, which say who goes on, in which rows, and who moves, and the most rows of a
     # question (max). What was drawn stays there until the end.
     for t in range(T):
         # 2. Draw: every response for itself, from the logits of its row

@@ -34,7 +34,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from data import TESTBEDS, world_of
+from data import FULL_SIZES, TESTBEDS, world_of
 from evaluate import (as_text, auc, best_temperature, describe_round, evaluate_policy, explore,
                       interval, make_prompts, means, one_line_errors, pass_metrics, percent,
                       run_command, sample_texts, share_unsound, unique_correct)
@@ -82,7 +82,8 @@ class Config:
     warmup_updates: int = setting(200, "updates on those that are correct")
     warmup_lr: float = setting(5e-4, "learning rate, also of direct SFT", 1e-9)
     # process reward model
-    prm_questions: int = setting(4000, "labeled questions after the warm-up's, for step labels", 2)
+    prm_questions: int = setting(4000, "labeled questions after the warm-up's, for step labels "
+                                 "(paper: about 50,000 of 180,000)", 2)
     prm_responses: int = setting(4, "responses per question", most=1000)
     prm_rollouts: int = setting(8, "completions per step", most=1000)
     prm_temperature: float = setting(0.6, "temperature of the completions", 0.01, 100)
@@ -105,17 +106,19 @@ class Config:
     temperature: str = setting("1.0", "of sampled responses: a number, or adaptive (1.0 at first)")
     adapt_by: str = setting("reward_pass_at_k", "what a sweep maximises (k: keep_top, or all L)",
                             choices=("reward_pass_at_k", "pass_at_k"))
-    sweep_every: int = setting(2, "iterations from one sweep of T to the next, as in the paper")
-    watches: int = setting(0, "how often all T are measured, evenly spaced", 0)
+    sweep_every: int = setting(2, "iterations from one sweep of T to the next (paper: 2, of its "
+                               "larger ones)")
+    watches: int = setting(0, "how often all T are measured, evenly spaced, and once before", 0)
     epochs: float = setting(2.0, "how often each question is asked, in whole rounds", 1e-9)
     rollouts_per_question: int = setting(8, "L; the paper: 16", most=1000)
-    evolve_updates: int = setting(1600, "updates of all iterations, equal for every method")
-    evolve_lr: float = setting(3e-4, "learning rate, constant as in the paper", 1e-9)
+    evolve_updates: int = setting(1600, "of all iterations, equal for every method (paper: 10,000)")
+    evolve_lr: float = setting(3e-4, "learning rate, constant as in the paper (there 1e-6)", 1e-9)
     # everywhere
-    batch_size: int = setting(32, "examples per update")
-    micro_batch: int = setting(16, "examples of a batch at once; fewer need less memory")
+    batch_size: int = setting(32, "examples per update (paper: 128)")
+    micro_batch: int = setting(16, "examples of a batch at once; fewer need less memory, and let "
+                               "more cores share a batch")
     lr_warmup_updates: int = setting(20, "linear start of every schedule")
-    validations: int = setting(8, "how often a policy is validated, evenly spaced")
+    validations: int = setting(8, "how often a policy is validated, evenly spaced, and pi_0")
     monitor_rollouts: int = setting(16, "n of pass@k on validation", most=1000)
     max_new_tokens: int = setting(64, "longest response; true texts have up to 48", most=1000)
 
@@ -126,6 +129,11 @@ class Config:
         return {"base": base, "labeled": self.labeled,
                 "unlabeled": self.labeled, "validation": self.validation, "test": self.test,
                 **dict.fromkeys(TESTBEDS, self.testbed_questions)}
+
+    @property
+    def tests(self):
+        """Whose test pictures a policy of this run has not seen; its .json says so, for `check`."""
+        return {"world_seed": self.world_seed, "splits": self.splits}
 
     @property
     def questions_per_iteration(self):
@@ -139,10 +147,10 @@ class Config:
         return max(1, round(asked / self.questions_per_iteration))
 
     def due(self, iteration, times):
-        """Does one of `times` events, spread evenly over the iterations, fall after this one? The
-        last falls at the end, and one more (if there are any) at iteration 0."""
-        done = iteration * times // self.iterations                # of iteration 0: 0
-        before = (iteration - 1) * times // self.iterations        # of iteration 0: below 0
+        """Is one of `times` looks at the policy, spread evenly over the iterations, due after this
+        one? The last always has one. So has iteration 0, as one more, if there are any."""
+        done = iteration * times // self.iterations
+        before = (iteration - 1) * times // self.iterations        # at iteration 0: -1 or less
         return done > before
 
     @property
@@ -158,6 +166,7 @@ METHODS = {
     "sft": {},                                                     # direct answers; its own stage
     # Table 1: how one goes on from round to round, and how large a round is
     "iterative_rft": {"interval": 1.0, "optimizer": "reset"},
+    # (its policy has in it the updates of the last round alone)
     "rest_em": {"interval": 1.0, "optimizer": "reset", "start_from": "pi_0"},
     "continuous_100": {"interval": 1.0},
     "continuous_50": {"interval": 0.5},
@@ -270,7 +279,8 @@ def start_or_resume(cfg, pi_0, prm, world, run):
     return policy, optimizer, temperature, 1
 
 def new_optimizer(cfg, policy, lr, decay_over=0):
-    """AdamW on all weights, at a constant rate as in the paper, or a decaying one."""
+    """AdamW on all weights, after a linear start at a constant rate as in the paper, or at a
+    decaying one."""
     return Optimizer([adamw(policy, policy.parameters(), lr)], cfg.lr_warmup_updates, decay_over)
 
 # ---------------------------------------------------------------- 1. generate
@@ -278,10 +288,11 @@ def new_optimizer(cfg, policy, lr, decay_over=0):
 def questions_for_iteration(cfg, world, iteration):
     """(questions of an iteration, how many of them are labeled; those come first): its part of an
     endless sequence, in which every question comes once before any comes again. Once unlabeled ones
-    have joined they are half (our choice: the paper adds them on top), so that all methods ask the
-    same number."""
+    have joined they are half (our choice: the paper's share is unknown), so that all methods ask
+    the same number."""
     def part(split, first, number):
-        # each split has an order of its own; the labeled one's seed stays as it was once chosen
+        # each split has an order of its own. (The labeled one's seed does not name it: with
+        # another seed every result so far would be another.)
         purpose = ("questions",) if split == "labeled" else ("questions", split)
         rng = random.Random(seed_for(cfg.seed, *purpose))
         asked = world.get(split, [])[-cfg.evolve_questions:]       # 0: all
@@ -349,7 +360,7 @@ def passes_of(cfg, look):
 
 def validate(cfg, policy, prm, world, temperature, iteration):
     """Metrics on the validation questions, of a greedy response each and monitor_rollouts sampled
-    ones at `temperature`; cfg.watches times also at all temperatures of the grid."""
+    ones at `temperature`; where cfg.watches says so, also at all temperatures of the grid."""
     questions = world["validation"]
     n = cfg.monitor_rollouts
     looks = look_at(cfg, policy, prm, questions, [0.0, temperature], n)
@@ -411,7 +422,7 @@ def stage_warmup(cfg, base, world):
     optimizer = new_optimizer(cfg, pi_0, cfg.warmup_lr, decay_over=cfg.warmup_updates)
     prompts = make_prompts(pi_0, questions)                        # without the answer
     trained = sft(cfg, pi_0, optimizer, prompts, kept, cfg.warmup_updates, "warm-up: SFT")
-    return pi_0, {"kept": len(kept), "unsound": unsound, **trained}
+    return pi_0, {"kept": len(kept), "unsound": unsound, **trained, **cfg.tests}
 
 def direct_sft(cfg, base, world, run):
     """The paper's "SFT" row: the base trained on the labeled answers, without reasoning, for as
@@ -525,12 +536,16 @@ def run_stages(cfg, out, command, program="mstar"):
     tokenizer, arms = tokenizer_for(cfg.policy), arms_of(cfg)
     try:
         world = world_of({**asdict(cfg), "splits": cfg.splits})    # the same for all seeds
-        for question in chain.from_iterable(world.values()) if cfg.data else ():
-            tokenizer.prompt(question.text, question.answer)       # does it know all the words?
+        if cfg.data:
+            for question in chain.from_iterable(world.values()):   # are all the words known?
+                tokenizer.prompt(question.text, question.answer)
     except (OSError, ValueError, KeyboardInterrupt) as error:      # such as: not enough pictures
         if not RANK and not any(out.iterdir()):                    # nothing was begun
             out.rmdir()
-        fail(str(error) or "stopped")
+        if isinstance(error, KeyboardInterrupt):
+            print("mstar.py: stopped", file=sys.stderr)
+            sys.exit(130)
+        fail(error)
     check_identity(cfg, out, command, program, world, tokenizer)
     run = Run(out, cfg.method, tokenizer, cfg.device or available_devices()[0])
     print(f"run       {out}: {cfg.arms} from {cfg.policy}, preset {cfg.preset}, seed {cfg.seed}, "
@@ -549,7 +564,8 @@ def run_stages(cfg, out, command, program="mstar"):
     rows = [run.result("checkpoint/test of base", evaluate_policy, "base", base, world, longest)]
     lines = []                                                     # of metrics.jsonl
     if cfg.method == "base":
-        save(run.out / "policy.safetensors", base, made_by=command, **run.about.get("base", {}))
+        made = run.about.get("base", cfg.tests)
+        save(run.out / "policy.safetensors", base, made_by=command, **made)
     evolved = [arm for arm in arms if arm.method != "base"]
     if evolved:
         if not broadcast((out / "pi_0.safetensors").exists()):     # at the start, not on resuming
@@ -595,8 +611,9 @@ def expected(cfg, arms, base, world):
     swept = cfg.prm_questions * any(arm.needs_prm for arm in arms)
     swept += sum(math.ceil(arm.iterations / arm.sweep_every) * cfg.validation for arm in arms
                  if arm.temperature == "adaptive")
+    updates += 2 * cfg.warmup_updates                              # pi_0's, and those of direct SFT
     seconds = ((asked + 5 * swept) * (sampled - began) / len(questions)
-               + (updates + 2 * cfg.warmup_updates) * (trained - sampled) / 8)
+               + updates * (trained - sampled) / 8)
     return f"{text}, about {seconds / 60:.0f} minutes"
 
 def run_arm(cfg, base, pi_0, prm, world, run):
@@ -607,7 +624,7 @@ def run_arm(cfg, base, pi_0, prm, world, run):
     else:
         policy, updates = self_evolve(cfg, pi_0, prm, world, run), 0
     if cfg.method == run.main_method:                              # others are only measured
-        save(run.out / "policy.safetensors", policy)
+        save(run.out / "policy.safetensors", policy, **cfg.tests)
     row = evaluate_policy(ROW_NAMES.get(cfg.method, cfg.method), policy, world, cfg.max_new_tokens,
                           direct=cfg.method == "sft")
     lines = [line for line in run.lines if line["arm"] == cfg.method]
@@ -618,11 +635,9 @@ def arms_of(cfg):
     """The Configs of the arms to run: cfg without the switches of its own method, with theirs. (A
     typed switch is for all arms: `parse` refuses one that an arm sets.)"""
     preset = PRESETS[cfg.preset]
-    arms = []
     plain = {name: preset.get(name, getattr(Config, name)) for name in METHODS[cfg.method]}
-    for method in cfg.arms.split(","):
-        arms.append(replace(cfg, method=method, **{**plain, **METHODS[method]}))
-    return arms
+    return [replace(cfg, method=method, **(plain | METHODS[method]))
+            for method in cfg.arms.split(",")]
 
 def check_identity(cfg, out, command, program, world, tokenizer):
     """Write config.json of a new run; exit 2 if the folder was begun with another configuration,
@@ -642,7 +657,8 @@ def check_identity(cfg, out, command, program, world, tokenizer):
         before = read_json(path)                                   # as JSON gives it back
     except ValueError as error:
         fail(error)
-    free = ("arms", "method", "out", *SWITCHES) if program != "mstar" else ()  # tables share it
+    # tables share a folder: there, what differs from arm to arm may differ
+    free = ("arms", "method", "out", *SWITCHES) if program != "mstar" else ()
     for name, value in identity.items():
         if name not in free and before.get(name) != value:
             fail(f"{out}: begun with another {name} ({before.get(name)}, now {value}); take a new "
@@ -650,10 +666,10 @@ def check_identity(cfg, out, command, program, world, tokenizer):
 
 # ---------------------------------------------------------------- command line
 
-def fail(message):
+def fail(message, program="mstar.py"):
     """Exit 2 with one line."""
     line = " ".join(str(message).split())                          # of one line, whatever was typed
-    print(f"mstar.py: {line}; see --help", file=sys.stderr)
+    print(f"{program}: {line}; see --help", file=sys.stderr)
     sys.exit(2)
 
 def parse(argv):
@@ -675,14 +691,15 @@ def parse(argv):
         return begun_with(folder, typed), folder
     preset = typed.get("preset", "gpu" if torch.cuda.is_available() else "cpu")
     arms = typed.get("arms") or typed.get("method") or COMPARED    # comma-separated
-    method = typed.get("method") or arms.split(",")[-1]
-    if unknown := [arm for arm in (*arms.split(","), method) if arm not in METHODS]:
+    names = arms.split(",")
+    method = typed.get("method") or names[-1]
+    if unknown := [arm for arm in (*names, method) if arm not in METHODS]:
         fail(f"{unknown[0]!r} is not a method; known: {', '.join(METHODS)}")
-    if len(set(arms.split(","))) < len(arms.split(",")):
+    if len(set(names)) < len(names):
         fail(f"--arms {arms}: one is there twice")
-    if method not in arms.split(","):
+    if method not in names:
         fail(f"--arms {arms}: --method {method} must be among them")
-    for arm in arms.split(","):
+    for arm in names:
         for name, value in METHODS[arm].items():
             # its row, or those of other arms, would bear a false name
             if name in typed and (typed[name] != value or "," in arms):
@@ -726,9 +743,10 @@ def check(cfg):
             fail(f"--policy {cfg.policy}: reads pictures of {size} pixels, no multiple of 64")
     if Path(cfg.policy).is_file() and not cfg.data:                # new to a base of ours are only
         about = read_json(Path(cfg.policy).with_suffix(".json"))   # the tests of its own world
-        made = about.get("splits", cfg.splits)
-        larger = any(cfg.splits[split] > made[split] for split in ("test", "validation", *TESTBEDS))
-        if larger or about.get("world_seed", cfg.world_seed) != cfg.world_seed:
+        made = about.get("splits", {})
+        same = all(max(full, cfg.splits[split]) == max(full, made.get(split, 0))
+                   for split, full in FULL_SIZES.items())          # smaller ones are parts of full
+        if not same or about.get("world_seed") != cfg.world_seed:
             fail(f"--policy {cfg.policy}: has seen pictures of these tests; keep to the world_seed "
                  "and the sizes of tests in its .json, or make another by --policy scratch")
     if len({arm.iterations * arm.questions_per_iteration for arm in arms_of(cfg)}) > 1:

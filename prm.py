@@ -6,11 +6,13 @@ Paper (arXiv 2412.17451v3): the reward R = H(1(a == a*) R_p), R_p = min over ste
     H = Top-K (section on the reward model); step labels from Monte-Carlo rollouts (Math-Shepherd,
     arXiv 2312.08935); weighted voting (section on prompts).
 Read:     label_steps -> RewardModel, train_prm -> score -> top_k, weighted_vote -> audit
-Departs:  pi_0 is fixed, and a network on top of it is trained (see RewardModel). Rollouts per step
-          and their temperature are not published: see mstar.Config.
+Departs:  pi_0 is fixed, and a network on top of it is trained (see RewardModel). The answer line is
+          a step, too (in the paper the answer stands behind the steps). Labels are soft. Rollouts
+          per step, their temperature and the loss are not published: see mstar.Config.
 Run:      python prm.py runs/NAME      (hold the PRM of a run against the oracle)
 
-A step is one line of a response; it ends with its line break, the last one with the end token.
+A step is one line of a response; it ends with its line break, the last one (the answer) with the
+end token.
 """
 import argparse
 import math
@@ -92,7 +94,7 @@ class RewardModel(nn.Module):
     """f: a network on top of pi_0, with a scalar head. The sigmoid of the head at a step's end is
     the step's score.
 
-    The paper trains all of pi_0 with a head on it. A policy of three layers predicts a token only
+    The paper's starts from the policy itself. A policy of three layers predicts a token only
     in its last one, so that no layer is left to compare the prediction with the token written (in
     trials it could not tell two responses to one question apart). So pi_0 is fixed here, and the
     network reads for each token what pi_0 expected before it (its last hidden state), the token,

@@ -176,11 +176,13 @@ def html_table(head, rows):
     return f"<div class='scroll'><table><tr>{'<tr>'.join(lines)}</table></div>"
 
 def html_head(report, config, lines):
-    """What came out, at what cost, by which command; or how far an unfinished run has come."""
+    """What came out, at what cost, by which command; or how far a run has come (one of a table
+    leaves no report)."""
     command = f"<p><code>{escape(config['command'])}</code></p>"
     if not report:
         number = sum(line["iteration"] > 0 for line in lines)
-        return f"<h1>Unfinished: {number} iterations of {escape(config['arms'])}</h1>{command}"
+        return (f"<h1>Without a report.json: {number} iterations of {escape(config['arms'])}</h1>"
+                f"{command}")
     rows, row = [], next(row for row in report["rows"] if row["name"] == report["mine"])
     for other in with_official(report["rows"]):
         pairs = zip(columns_of(other).values(), columns_of(other["ci95"]).values())

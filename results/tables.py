@@ -14,6 +14,7 @@ import math
 import sys
 from collections import defaultdict
 from dataclasses import replace
+from functools import partial
 from itertools import chain
 from operator import itemgetter
 from pathlib import Path
@@ -43,20 +44,21 @@ def main(argv=None):
     """Run a table's arms for each seed (and size); write and print the table and its verdicts."""
     argv = sys.argv[1:] if argv is None else argv
     parser = argparse.ArgumentParser(allow_abbrev=False, epilog="And all flags of mstar.py.")
-    parser.error = mstar.fail
+    fail = partial(mstar.fail, program="results.tables")
+    parser.error = fail
     parser.add_argument("table", choices=TABLES)
     parser.add_argument("--seeds", type=int, default=1, metavar="N")
     typed, flags = parser.parse_known_args(argv)
     name, seeds = typed.table, typed.seeds
     if seeds < 1:
-        mstar.fail(f"--seeds {seeds}: must be at least 1")
+        fail(f"--seeds {seeds}: must be at least 1")
     for flag in ("resume", "arms", "method", "seed", *mstar.SWITCHES):
         if any(one.split("=")[0] == f"--{flag}" for one in flags):
-            mstar.fail(f"{name} sets --{flag} itself, leave it out")
+            fail(f"{name} sets --{flag} itself, leave it out")
     arms = ",".join(arm for arm in TABLES[name] if arm not in ("base", "pi_0"))
     cfg, _ = mstar.parse([*flags, "--arms", arms])
     if name == "dynamics" and min(cfg.rollouts_per_question, cfg.monitor_rollouts) < 2:
-        mstar.fail("dynamics: Reward-Pass@2 needs 2 --rollouts_per_question and --monitor_rollouts")
+        fail("dynamics: Reward-Pass@2 needs 2 --rollouts_per_question and --monitor_rollouts")
     for suffix in SIZES.values() if name == "table5" else ():
         mstar.check(of_size(cfg, suffix))
     file = Path(f"results/{cfg.preset}-{name}.json")
@@ -67,8 +69,9 @@ def main(argv=None):
         return run_table(name, cfg, seeds, command, file, before)
 
 def run_table(name, cfg, seeds, command, file, before):
-    """Each seed has a folder, in which pi_0, PRM and finished arms stay. Writes and returns `file`;
-    beside them with --out, or where it held (`before`) more seeds or other settings."""
+    """Each seed has a folder, in which pi_0, PRM and finished arms stay. Writes the table to
+    `file`, or beside these folders with --out, or where `file` holds (`before`) more seeds or other
+    settings. Returns it."""
     folder, reports = Path(cfg.out or f"runs/{cfg.preset}-tables"), []
     for size, suffix in SIZES.items() if name == "table5" else [("medium", "")]:
         for seed in range(seeds):
@@ -260,13 +263,13 @@ def run_intervals(groups, luck=None, levels=(0.95,), draws=4000):
             if values.shape[1] > 1:
                 cells = (runs - 1) * (values.shape[1] - 1)
                 twice += float((residuals(values) ** 2).sum()) / (cells * values.size)
-        luck = math.sqrt(max(error ** 2 - twice / len(groups) ** 2, error ** 2 * 0.75)), freedom
+        error = math.sqrt(max(error ** 2 - twice / len(groups) ** 2, error ** 2 * 0.75))
     for values in groups:
         picked = rng.integers(values.shape[1], size=(draws, values.shape[1]))
         means.append(values.mean(axis=0)[picked].mean(axis=1))     # (draws,)
     means = np.mean(means, axis=0)
     if runs > 1:
-        means = means + luck[0] * rng.standard_t(luck[1], draws)
+        means = means + error * rng.standard_t(freedom, draws)
     edges = []
     for level in levels:
         edges += np.percentile(means, [50 - 50 * level, 50 + 50 * level]).tolist()

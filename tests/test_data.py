@@ -183,6 +183,16 @@ def test_splits_share_no_picture():
     drawings = [question.drawing for question in all_questions(world)]
     assert len(set(drawings)) == len(drawings) == 9000
 
+def test_smaller_tests_are_parts_of_those_that_a_base_has_left_out():
+    """Else a base would have seen some of their pictures (by as little as --test 100)."""
+    whole = build_world(data.FULL_SIZES)
+    small = build_world({"test": 100, "validation": 10, "layout": 250, "labeled": 500})
+    for split in ("test", "validation", "layout"):
+        assert small[split] == whole[split][:len(small[split])]
+    assert len(small["test"]) == 100 and not small["style"]
+    tested = {question.drawing for question in all_questions(whole)}
+    assert not [question for question in small["labeled"] if question.drawing in tested]
+
 def test_testbeds_differ_from_the_training_questions(world):
     for bed in ("style", "layout"):
         assert {question.look for question in world[bed]} == {bed}
@@ -224,7 +234,7 @@ def test_a_world_without_enough_pictures_is_an_error_and_no_endless_search(monke
         return first[0]
 
     monkeypatch.setattr(data, "_make", again_and_again)
-    with pytest.raises(ValueError, match="question 1 of the split labeled"):
+    with pytest.raises(ValueError, match="question 1 of the split test"):
         build_world({"labeled": 5})
 
 # ---------------------------------------------------------------- pictures

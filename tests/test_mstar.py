@@ -511,10 +511,11 @@ def test_stopped_before_anything_was_begun_it_leaves_nothing(tmp_path, capsys, m
         raise KeyboardInterrupt
 
     monkeypatch.setattr(mstar, "world_of", stop)
-    with pytest.raises(SystemExit):
+    with pytest.raises(SystemExit) as stopped:
         mstar.main([*TINY, "--out", str(tmp_path / "new")])
     error = capsys.readouterr().err
-    assert "stopped" in error and "--resume" not in error and not list(tmp_path.iterdir())
+    assert stopped.value.code == 130 and "stopped" in error and "--resume" not in error
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_world_without_enough_pictures_is_one_line(tmp_path, capsys, monkeypatch):

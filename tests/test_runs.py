@@ -45,6 +45,17 @@ def test_a_run_writes_its_files(two_runs):
     assert [line["iteration"] for line in report["iterations"]] == [0, 1, 2] * 3
 
 
+def test_a_policy_of_a_run_goes_on_only_with_tests_that_it_has_not_seen(two_runs):
+    """Its base has seen pictures of all others."""
+    for name in ("policy", "pi_0"):
+        file = str(two_runs[0][0] / f"{name}.safetensors")
+        flags = [*TINY, "--policy", file]
+        mstar.parse(flags)
+        for other in (["--world_seed", "1"], ["--test", "751"], ["--validation", "251"]):
+            with pytest.raises(SystemExit):
+                mstar.parse([*flags, *other])
+
+
 def test_arms_get_equal_responses_and_updates_and_their_own_switches(two_runs):
     report, arms = two_runs[1][0], {}
     for line in report["iterations"]:

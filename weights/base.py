@@ -96,8 +96,7 @@ def train_base(questions, cfg, run):
     loss = run.fit(policy, optimizer, stream, total, cfg.micro_batch, "base")
     print(f"base      {len(perception):,} captions and arithmetic texts, {len(worked):,} worked "
           f"examples; loss {loss:.3f}", flush=True)
-    return policy, {"loss": loss, "recipe": asdict(recipe), "world_seed": cfg.world_seed,
-                    "splits": cfg.splits}
+    return policy, {"loss": loss, "recipe": asdict(recipe), **cfg.tests}
 
 def write_caption(question, rng, asked):
     """(prompt text, response text) about what can be read off the picture, worded like the readings
