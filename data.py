@@ -132,15 +132,15 @@ def _paint(pen, drawing, u, colours, ink, hollow):
         fill, edge = (None, colours[colour]) if hollow else (colours[colour], ink)
         pen.polygon(corners, fill, edge, width=u if hollow else u // 2)
 
-    if any(kind == "rect" for kind, *_ in drawing):                # the grid that sides are
-        for k in range(8):                                         # counted on
+    if any(kind == "rect" for kind, *_ in drawing):                # a grid, to count sides on
+        for k in range(8):
             box(8 * k, 0, 0.5, 64, (215, 215, 215))
             box(0, 8 * k, 64, 0.5, (215, 215, 215))
     for kind, *part in drawing:
         if kind == "bar":
             column, colour, height = part
-            for level in range(height):                            # a stack of unit blocks: its
-                box(16 * column + 2, 56 - 6 * level, 12, 5, colours[colour])   # height is counted
+            for level in range(height):                            # a stack of blocks, to count
+                box(16 * column + 2, 56 - 6 * level, 12, 5, colours[colour])
             box(0, 62, 16 * (column + 1), 1, ink)                  # the ground
         elif kind == "rect":
             x, y, width, height, colour = part
@@ -964,7 +964,8 @@ def main(argv=None):
         parser.exit(2, f"data.py: {flags.check or flags.preview}: {error}\n")
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)                   # Ctrl-C, and a reader that has
-    if hasattr(signal, "SIGPIPE"):                                 # gone, end it silently
+    # Ctrl-C, and a reader that has gone (`| head`), end it silently
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    if hasattr(signal, "SIGPIPE"):
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     main(sys.argv[1:])
