@@ -208,7 +208,7 @@ def test_figure_2_claims_measure_what_they_say():
         assert effect[0].tolist() == [[1, 1], [1, 1]]
     assert unsound["all over Top-2"][0].tolist() == [[0.25, 0]] * 2
     assert steps["all over Top-2"][0].tolist() == [[1, 0]] * 2
-    in_table = effects_if("table2", "prm")
+    in_table = effects_if("main", "prm")
     for _, words, parts, *_ in claims:
         assert all((words, effect) in in_table for effect in parts)
 
@@ -349,7 +349,7 @@ def test_tables_with_other_columns():
     assert [arm["size"] for arm in result["arms"]][::3] == ["small", "medium", "large"]
 
 def test_claims_as_text_say_verdict_effects_and_how_sure():
-    result = make_table("table2", [made_up_report(0)], "")
+    result = make_table("main", [made_up_report(0)], "")
     claims = {claim["claim"]: claim for claim in result["claims"]}
     assert claims["C6"]["effects"]["all over Top-2"][0] == 0.5
     text = format_table(result)
@@ -358,8 +358,8 @@ def test_claims_as_text_say_verdict_effects_and_how_sure():
     assert "majority voting over best-of-16 +100.0 [+100.0, +100.0]" in votes
     steps = next(line for line in text.splitlines() if line.startswith("| C6: "))
     assert "| unresolved | all over Top-2 +0.500 [+0.000, +1.000] steps (questions: 2)" in steps
-    both = next(line for line in text.splitlines() if line.startswith("| C4: Top-2 beats all"))
-    assert both.endswith("Top-2 over Random-2, no PRM +0.0 [+0.0, +0.0] (questions: 5) |")
+    top = next(line for line in text.splitlines() if line.startswith("| C4: Top-2 beats all"))
+    assert top.endswith("+ PRM re-rank over continuous +0.0 [+0.0, +0.0] (questions: 5) |")
     for claim in result["claims"]:
         assert claim["words"] in text and claim["seeds"] == 1
 
