@@ -12,7 +12,7 @@ import evaluate
 from data import TESTBEDS, build_world
 from evaluate import correct_in
 from model import read_json
-from results.tables import format_table, run_intervals
+from results.tables import format_table, run_intervals, verdict
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "results"
@@ -185,6 +185,27 @@ def test_what_chooses_is_what_was_measured():
             f"two that pi_0 finds likeliest {by_likelihood} more, and R_p the last "
             f"{shown['R_p over likelihood'][0][1:]}") in READMES[0].read_text()
 
+def gain_of_temperature(splits=("test",)):
+    """M-STaR over T = 1, (runs, questions) for each split: the main job's runs, eight others."""
+    again = read_json(RESULTS / "cpu-controls.json")["mstar, again"]
+    gains = []
+    for split in splits:
+        gain = [correct_in(run["row"]["graded"][split]) - correct_in(at_1["row"]["graded"][split])
+                for run, at_1 in zip(again, runs_of_eight_seeds()["prm"], strict=True)]
+        gains.append(np.concatenate([graded(MINE, split) - graded("+ PRM re-rank", split), gain]))
+    return gains
+
+def test_eight_more_runs_of_mstar_are_what_was_measured():
+    text = READMES[1].read_text()
+    text = text[text.index("- **C9 on eight more runs.**"):].splitlines()[0]
+    (gain,), beds = gain_of_temperature(), gain_of_temperature(TESTBEDS)
+    assert len(gain) == 16
+    for groups in ([gain], beds, [gain[8:]], [bed[8:] for bed in beds], [gain[11:]]):
+        assert points((np.mean(groups), *run_intervals(groups))) in text
+    assert ", ".join(f"{100 * one:+.1f}" for one in gain[8:].mean(axis=1)) in text
+    assert f"over sixteen by {points((gain.mean(), *run_intervals([gain])))}" in \
+        READMES[0].read_text()
+
 def test_what_the_oracle_filter_does_is_what_was_measured():
     rows = [run["row"] for run in read_json(RESULTS / "cpu-controls.json")["arms"]["oracle_filter"]]
     gain = np.array([correct_in(row["graded"]["test"]) for row in rows])
@@ -286,6 +307,7 @@ def test_verdicts_on_the_paper_s_claims_are_those_of_the_committed_results():
     for path in TABLES:
         for claim in read_json(path)["claims"]:
             verdicts[path.stem, claim["words"].partition(":")[0]] = claim["verdict"]
+    verdicts["sixteen runs", "T by Reward-Pass@2 beats T = 1"] = verdict([gain_of_temperature()])[0]
     # what each row of the table rests on, in its order
     rests_on = [["table1", "going on"], ["table1", "keeping"], ["table1", "an interval", "6.25 %"],
                 ["main", "Top-2 beats all"], ["table2", "Top-2 beats all"],
@@ -293,7 +315,7 @@ def test_verdicts_on_the_paper_s_claims_are_those_of_the_committed_results():
                 ["main", "best-of-16"], ["main", "and yet"], ["main", "the Top-2 have"],
                 ["table3", "unlabeled"], ["table3", "with true"],
                 ["few", "pass@k falls"], ["few", "pass@k changes"], ["few", "greedy", "the gap"],
-                ["few", "Reward-Pass@2 saturates"], ["main", "T by Reward-Pass@2 beats T = 1"],
+                ["few", "Reward-Pass@2 saturates"], ["sixteen", "T by Reward-Pass@2 beats T ="],
                 ["table4", "T by Reward-Pass@2 beats T by"], ["main", "M-STaR beats pi_0"],
                 ["table5", "M-STaR beats pi_0"], ["table5", "the smallest"]]
     text = READMES[1].read_text()
