@@ -176,13 +176,11 @@ def html_table(head, rows):
     return f"<div class='scroll'><table><tr>{'<tr>'.join(lines)}</table></div>"
 
 def html_head(report, config, lines):
-    """What came out, at what cost, by which command; or how far a run has come (one of a table
-    leaves no report)."""
+    """What came out, at what cost, by which command; without a report, how far the run has come."""
     command = f"<p><code>{escape(config['command'])}</code></p>"
     if not report:
         number = sum(line["iteration"] > 0 for line in lines)
-        return (f"<h1>Without a report.json: {number} iterations of {escape(config['arms'])}</h1>"
-                f"{command}")
+        return f"<h1>No report yet: {number} iterations of {escape(config['arms'])}</h1>{command}"
     rows, row = [], next(row for row in report["rows"] if row["name"] == report["mine"])
     for other in with_official(report["rows"]):
         pairs = zip(columns_of(other).values(), columns_of(other["ci95"]).values())

@@ -161,7 +161,7 @@ def test_the_page_of_an_unfinished_run_says_what_it_shows(run_folder):
     path = write_page(run_folder)
     page = Page(path.read_text())
     assert path == run_folder / "report.html"
-    for words in (f"Without a report.json: 1 iterations of prm,{METHOD}",
+    for words in (f"No report yet: 1 iterations of prm,{METHOD}",
                   "correct, selected, unsound ×2",
                   "PRM 0.25 · rollouts 0.12 · ✗ false", "PRM 0.50 · rollouts 1.00 · ✓ true",
                   "unparseable, truncated", "iteration 1, T = 1.0: 2 of 3 correct",
@@ -224,7 +224,7 @@ def test_the_page_of_a_finished_run_begins_with_its_result(run_folder):
                   f"over {EVIL}: +25.0 points [+12.5, +37.5] in domain, "
                   "+10.0 points [-10.0, +20.0] out"):
         assert words in page.words, words
-    assert "Without a report" not in page.words
+    assert "No report" not in page.words
     head = page.words[:page.words.index("Over iterations")]
     assert "%" + "".join(["ID", *TASKS, *TESTBEDS, "OOD"]) + EVIL in head
     cells = re.findall(r"(\d+\.\d) \[(\d+), (\d+)\]", head)       # of both rows, in order
@@ -263,7 +263,7 @@ def test_a_page_can_be_made_of_whatever_is_there(run_folder):
     (run_folder / "samples/0.png").unlink()
     (run_folder / "samples").rmdir()
     page = Page(write_page(run_folder).read_text())                # of config.json alone
-    assert "Without a report.json: 0 iterations" in page.words and not page.scripts
+    assert "No report yet: 0 iterations" in page.words and not page.scripts
 
 def test_iterations_are_in_the_order_of_their_numbers(run_folder):
     for iteration in (10, 2):
@@ -278,7 +278,7 @@ def run_command(monkeypatch, *folders):
 def test_the_command_makes_pages_or_says_in_one_line_why_not(run_folder, monkeypatch, capsys):
     run_command(monkeypatch, run_folder, run_folder)
     assert capsys.readouterr().out == 2 * f"wrote {run_folder / 'report.html'}\n"
-    assert "Without a report" in (run_folder / "report.html").read_text()
+    assert "No report" in (run_folder / "report.html").read_text()
     for damage in ("samples/0.json", "metrics.jsonl", "config.json"):
         (run_folder / damage).write_text("nonsense")
         with pytest.raises(SystemExit) as stop:
