@@ -276,8 +276,8 @@ def audit(pi_0, prm, labels, labeled, questions, max_new_tokens, n=16):
     """Hold the PRM against the oracle, what no one can do on real data, on n responses of pi_0 per
     question at temperature 1. labels: the StepLabels it was trained on, of the questions `labeled`.
     Returns {mean: {name: number}, by_question: {name: a number for each question, as text}}:
-        greedy, best_of_N, likeliest_of_N, weighted_vote_of_N, majority_of_N (Figure 2a): is the
-            answer correct, picked by R_p or by pi_0's likelihood, or voted, of the first N
+        greedy, best_of_N, likeliest_of_N, weighted_vote_of_N, majority_of_N (Figure 2a, there on
+            validation): is the answer correct, by R_p, by likelihood or voted, of the first N
         unsound_W, steps_W (Figure 2b): share of unsound responses and mean number of steps, of the
             correct and distinct ones: W = all of them, or the top_2 or likely_2 of each question
         auc_reward, auc_likelihood: does R_p, does likelihood tell sound from unsound responses

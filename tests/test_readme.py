@@ -153,7 +153,7 @@ def test_what_chooses_is_what_was_measured():
     assert len(rows) == 8 and ("greedy accuracy on validation ends at {} %, on the test at {} and "
                                "{} %, and {} % of the correct").format(*levels) in text
     words = {"R_p": "prm", "likelihood": "likelihood", "chance": "random_2", "one": "top_1",
-             "four": "top_4", "the threshold": "threshold", "all": "continuous"}
+             "four": "top_4", "all": "continuous"}
     shown = first_table(text)
     for pair, cells in shown.items():
         better, worse = (words[word] for word in pair.split(" over "))
@@ -166,6 +166,9 @@ def test_what_chooses_is_what_was_measured():
     gain = np.array([correct_in(a["row"]["graded"]["test"]) - correct_in(b["row"]["graded"]["test"])
                      for a, b in zip(runs_of["prm"], with_likelihood)])        # three seeds
     assert points((gain.mean(), *run_intervals([gain]))) in text
+    for better, worse in (("top_4", "continuous"), ("continuous", "threshold")):
+        (gain,) = gain_of_choice(better, worse)
+        assert points((gain.mean(), *run_intervals([gain]))).replace("+", "") in whole_text
     (gain,) = gain_of_choice("prm", "random_2")                    # as seeds came in, and the new
     for some in (gain[:5], gain[:7], gain[3:]):
         assert points((some.mean(), *run_intervals([some]))) in whole_text

@@ -45,7 +45,7 @@ def test_a_run_writes_its_files(two_runs):
     assert [line["iteration"] for line in report["iterations"]] == [0, 1, 2] * 3
 
 
-def test_a_policy_of_a_run_goes_on_only_with_tests_that_it_has_not_seen(two_runs):
+def test_a_policy_of_a_run_goes_on_only_with_tests_that_it_has_not_seen(two_runs, capsys):
     """Its base has seen pictures of all others."""
     for name in ("policy", "pi_0"):
         file = str(two_runs[0][0] / f"{name}.safetensors")
@@ -54,6 +54,7 @@ def test_a_policy_of_a_run_goes_on_only_with_tests_that_it_has_not_seen(two_runs
         for other in (["--world_seed", "1"], ["--test", "751"], ["--validation", "251"]):
             with pytest.raises(SystemExit):
                 mstar.parse([*flags, *other])
+            assert "has seen pictures of these tests" in capsys.readouterr().err
 
 
 def test_arms_get_equal_responses_and_updates_and_their_own_switches(two_runs):
