@@ -5,11 +5,13 @@ import os
 import shutil
 import signal
 import time
+from functools import lru_cache
 from pathlib import Path
 
 import pytest
 import torch
 
+import data
 import evaluate
 import model
 import mstar
@@ -23,6 +25,16 @@ from model import read_json, write_json
 TINY = ["--preset", "test", "--epochs", "0.5"]
 SMALL = ["--preset", "test", "--arms", "mstar", "--epochs", "0.5", "--test", "10",
          "--testbed_questions", "2", "--validation", "4", "--seed", "3"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def worlds_are_built_once():
+    """The runs here have a few worlds in common, and each takes a quarter of a second."""
+    build = data.build_world
+    once = lru_cache(lambda sizes, seed: build(json.loads(sizes), seed))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(data, "build_world", lambda sizes, seed: once(json.dumps(sizes), seed))
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -360,11 +372,11 @@ def test_arms_differ_in_their_switches_only(tables):
 
 def test_a_table_goes_on_where_it_was_stopped(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    flags, real, begun = ["table2", *FLAGS, "--out", "mine"], mstar.self_evolve, []
+    flags, real, begun = ["dynamics", *FLAGS, "--out", "mine"], mstar.self_evolve, []
 
-    def stop_in_the_third(cfg, *rest):
+    def stop_in_the_second(cfg, *rest):
         begun.append(cfg.method)
-        if len(begun) == 3:
+        if len(begun) == 2:
             raise KeyboardInterrupt
         return real(cfg, *rest)
 
@@ -375,16 +387,16 @@ def test_a_table_goes_on_where_it_was_stopped(tmp_path, monkeypatch, capsys):
         assert stop.value.code == 2 and error.count("\n") == 1, error
         assert all(word in error for word in words), error
 
-    monkeypatch.setattr(mstar, "self_evolve", stop_in_the_third)
+    monkeypatch.setattr(mstar, "self_evolve", stop_in_the_second)
     with pytest.raises(SystemExit) as stop:
         results.tables.main(flags)
     assert stop.value.code == 130 and "the same command goes on" in capsys.readouterr().err
     results.tables.main(flags)
-    assert begun == ["continuous", "random_2", "threshold", "threshold", "top_1", "prm", "top_4"]
-    assert Path("mine/test-table2.json").exists() and not Path("results").exists()
+    assert begun == ["prm_watched", "mstar_watched", "mstar_watched", "mstar_pass_at_k"]
+    assert Path("mine/test-dynamics.json").exists() and not Path("results").exists()
     capsys.readouterr()
     refused(results.tables.main, [*flags, "--rollouts_per_question", "3"], "rollouts_per_question")
-    refused(mstar.main, ["--resume", "mine/seed0"], "python -m results.tables table2")
+    refused(mstar.main, ["--resume", "mine/seed0"], "python -m results.tables dynamics")
     refused(mstar.main, [*FLAGS, "--out", "mine/seed0"], "nothing is overwritten")
     monkeypatch.setattr(mstar, "self_evolve", real)
     mstar.main([*SMALL, "--out", "plain/seed0"])                   # a plain run's folder
