@@ -253,6 +253,18 @@ def test_gains_over_continuous_in_its_best_rounds_are_those_that_were_measured()
             shown = points((np.mean(groups), *run_intervals(groups)))
             assert shown in READMES[1].read_text()
 
+def test_how_rounds_go_on_is_what_was_measured():
+    graded_of, text = {}, READMES[1].read_text()                   # arm -> (seeds, questions)
+    for arm in read_json(RESULTS / "cpu-table1.json")["arms"]:
+        graded_of.setdefault(arm["arm"], []).append(correct_in(arm["row"]["graded"]["test"]))
+    for better, worse in (("iterative_rft", "rest_em"), ("continuous_6.25", "continuous_25")):
+        gains = np.subtract(graded_of[better], graded_of[worse]).mean(axis=1)
+        assert ", ".join(f"{100 * gain:+.1f}" for gain in gains) in text
+    for better, worse in (("50", "100"), ("12.5", "100"), ("6.25", "100"), ("25", "50"),
+                          ("12.5", "25"), ("6.25", "12.5")):
+        gain = np.subtract(graded_of[f"continuous_{better}"], graded_of[f"continuous_{worse}"])
+        assert points((gain.mean(), *run_intervals([gain]))).replace(" points", "") in text
+
 def test_what_seeds_can_find_is_what_was_measured():
     power = read_json(RESULTS / "cpu-power.json")
     text = READMES[1].read_text()
