@@ -264,6 +264,11 @@ def test_how_rounds_go_on_is_what_was_measured():
                           ("12.5", "25"), ("6.25", "12.5")):
         gain = np.subtract(graded_of[f"continuous_{better}"], graded_of[f"continuous_{worse}"])
         assert points((gain.mean(), *run_intervals([gain]))).replace(" points", "") in text
+    longer = read_json(RESULTS / "cpu-trials.json")["rest_em_of_1600_updates"]["rows"]
+    longer = [correct_in(row["graded"]["test"]) for row in longer]  # of seeds 3 to 6
+    for better in ("iterative_rft", "continuous_100"):
+        gain = np.subtract(graded_of[better][3:7], longer)
+        assert points((gain.mean(), *run_intervals([gain]))).replace(" points", "") in text
 
 def test_what_seeds_can_find_is_what_was_measured():
     power = read_json(RESULTS / "cpu-power.json")
