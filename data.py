@@ -184,7 +184,7 @@ def rectangles(rng, longest=4, columns=8):
         width, height = rng.randint(1, longest), rng.randint(2, 7)
         drawing.append(("rect", x, 8 - height, width, height, colour))
         facts |= {f"{colour} width": width, f"{colour} height": height}
-    slots = dict(zip("ahbk", facts))                               # width, height; width, height
+    slots = dict(zip("ahbk", facts))           # width a and height h of one, b and k of the other
     return sorted(drawing), facts, slots, dict(zip("ab", pair))
 
 def _plural(shape):
@@ -224,9 +224,9 @@ def table(rng, pick, rows=3):
     return drawing, facts, slots, slots | {"r": c if pick == "column" else r}
 
 def groups(rng, colours, pick, rows=range(4)):
-    """Groups of one to four equal shapes, each group in a cell. `colours` says how often each
-    colour comes. `pick`: a, b, c are any groups ("shape"), or the groups "in" the first colour,
-    called x; a wording calls them by their shape."""
+    """Groups of one to four equal shapes, each group in a cell. colours: how many groups each
+    colour has. a, b, ... are groups, which a wording calls by their shape: with pick "shape" any of
+    them, with "in" those in the first colour, which a wording calls x."""
     names = rng.sample(list(COLOURS), len(colours))
     group_colours = [name for name, times in zip(names, colours) for _ in range(times)]
     group_colours = rng.sample(group_colours, len(group_colours))
@@ -367,7 +367,8 @@ IN_DOMAIN = (
 def _variant(of, name, wording=0, **changes):
     """A template of the training with other fields, in one of its wordings."""
     template = next(template for template in IN_DOMAIN if template.name == of)
-    return template._replace(name=name, wordings=(template.wordings[wording], ""), **changes)
+    wordings = (template.wordings[wording], "")                    # `_make` never draws the last
+    return template._replace(name=name, wordings=wordings, **changes)
 
 # Testbed `size`: questions of the training with multipliers just beyond those of training, or with
 # more in the picture.

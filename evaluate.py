@@ -70,8 +70,8 @@ def evaluate_policy(name, policy, world, max_new_tokens, direct=False):
     on_test = {"all": correct_in(graded["test"])}                  # column -> (questions,) 0 or 1
     for task in TASKS:
         of_task = [question.task == task for question in world["test"]]
-        if any(of_task) and task not in beds:
-            on_test[task] = on_test["all"][of_task]                # a column of the table
+        if any(of_task) and task not in beds:                      # else the testbed's column
+            on_test[task] = on_test["all"][of_task]
     on_bed = {bed: correct_in(graded[bed]) for bed in beds}        # each (questions,)
     (id, id_ci95), (ood, ood_ci95) = accuracies(on_test), accuracies(on_bed, with_all=True)
     scores, scores_ci95 = accuracies(official, with_all=True)
@@ -129,7 +129,7 @@ def make_prompts(policy, questions, with_answer=False, direct=False):
 def sample_texts(policy, prompts, how, title, prefixes=None):
     """`model.sample` behind a progress bar; its errors name the `title`. Returns (texts,
     responses), both [question][rollout]."""
-    number = sum(map(len, prefixes)) if prefixes else len(prompts)  # to continue
+    number = sum(map(len, prefixes)) if prefixes else len(prompts)  # beginnings, each continued
     with progress_bar(how.rollouts * number, title, " responses") as bar:
         try:
             responses = sample(policy, prompts, how, prefixes, progress=bar.update)
@@ -153,8 +153,8 @@ def answer_greedily(policy, questions, max_new_tokens, title, direct=False):
 
 BEFORE_ANSWER = re.compile(r"(?:answer(?:\s+is\b)?|答案)\s*[:：]|answer\s+is\b", re.IGNORECASE)
 INTEGER = r"[0-9]{1,3}(?:,[0-9]{3}){1,9}|[0-9]{1,30}"              # longer ones are no answers
-# 1,000 or -3.5 or .5 or 1/2, with $ or a unit, which is ignored; *+ gives nothing back: no text
-# takes long
+# 1,000 or -3.5 or .5 or 1/2; a $ or a unit is ignored. `*+` never backtracks, so that no text, of
+# however many spaces, takes long
 NUMBER = re.compile(rf"\s*+\$?([+-]?(?:(?:{INTEGER})(?:\.[0-9]{{0,30}}|/0*+[1-9][0-9]{{0,29}})?"
                     r"|\.[0-9]{1,30}))[ \t]*+(?:%|°|degrees|years|[cmk]?m|k?g|ft)?\$?\.?\s*+")
 
@@ -273,10 +273,11 @@ def explore(policy, questions, temperatures, how, reward=None):
     """Sample how.rollouts (n) responses to each question at each of the temperatures, at 0 a greedy
     one, with the same random numbers at every temperature: {temperature: Look}.
     reward(prompts, [question][n] of tokens) gives [question][n] of R_p."""
-    temperature_of, streams, own = [], [], {}      # of each response; own: T -> its slice of them
+    temperature_of, streams = [], []               # one of each per response to a question
+    slices = {}                                    # temperature -> its part of these responses
     for temperature in temperatures:
         numbers = range(1, how.rollouts + 1) if temperature else [0]
-        own[temperature] = slice(len(streams), len(streams) + len(numbers))
+        slices[temperature] = slice(len(streams), len(streams) + len(numbers))
         temperature_of += [temperature] * len(numbers)
         streams += numbers                                         # of random numbers
     how = how._replace(rollouts=len(streams), temperature=temperature_of, streams=streams)
@@ -289,21 +290,24 @@ def explore(policy, questions, temperatures, how, reward=None):
     for question, group in zip(questions, texts):
         is_correct.append([grade(text, question) == "correct" for text in group])
     is_correct, looks = np.array(is_correct), {}                   # (Q, all)
-    for temperature, part in own.items():
+    for temperature, part in slices.items():
         looks[temperature] = Look([group[part] for group in texts],
                                   [group[part] for group in responses], is_correct[:, part],
                                   None if rewards is None else rewards[:, part])
     return looks
 
 def pass_metrics(look, L, ks):
-    """{metric: (Q,)} of a Look. pass@k: is one of all n correct. Reward-Pass@k, for each of `ks`:
-    among L, as many as a training question gets (our choice; the mean over n // L groups): among
-    more, hotter sampling would seem better than it is to train on."""
+    """{metric: (Q,)} of a Look. pass_at_k: is any of all n responses correct. reward_pass_at_k, for
+    each of `ks`: the n are cut into groups of L, the number that a training question gets, and the
+    value is the mean over the groups (our choice: ranked among more than L, hotter sampling would
+    look better than it is to train on)."""
     is_correct, n = look.is_correct, look.is_correct.shape[1]
     metrics = {"pass_at_1": is_correct.mean(axis=1),
                "pass_at_k": is_correct.any(axis=1).astype(float)}
+    if look.rewards is None:                                       # no PRM
+        return metrics
     L = min(L, n)
-    for k in sorted({min(k, L) for k in ks}) if look.rewards is not None else ():
+    for k in sorted({min(k, L) for k in ks}):
         values = []                                                # [group][question]
         for j in range(0, n - L + 1, L):
             pairs = zip(is_correct[:, j:j + L], look.rewards[:, j:j + L])

@@ -168,7 +168,7 @@ class Grouping(NamedTuple):
     def matmul(self, rows, matrices):
         """rows (B, G, H/G, X) times the matrix of each row's question, (N, G, X, Y)
         -> (B, G, H/G, Y). All rows of a question in one product, which reads its matrix once: once
-        per row took 1.2 times as long at T = 1."""
+        per row took 1.2 times as long at temperature 1."""
         table = rows.new_zeros(*self.shape, *rows.shape[1:])       # (N, most, G, H/G, X)
         table[self.owner, self.rank] = rows
         product = table.transpose(1, 2).flatten(2, 3) @ matrices   # (N, G, most H/G, Y)
@@ -294,12 +294,14 @@ class Policy(nn.Module):
         return self.logits(self.norm(x[:, -ids.shape[1]:]))        # image tokens predict nothing
 
     def hidden(self, images, prompts, lengths, owner, ids, keep_cache=False):
-        """Last hidden states of rows of text, many of which have the same image and prompt: ids
-        (B, T) behind image and prompt number owner (B,) of images (N, size, size, 3) and prompts
-        (N, P), lengths (N,), padded on the right like the rows -> (B, T, C). With `keep_cache` also
-        (keys, values) of each layer, (B, G, I+P+T, D) each. Image and prompt are read once for all
-        their rows: attention is causal, so their keys and values depend on nothing behind them.
-        (Read for every row, an update took 1.08 times as long, PRM scores 1.25 times.)"""
+        """Last hidden states (B, T, C) of rows of text, many of which share an image and a prompt.
+
+        images (N, size, size, 3), prompts (N, P) of lengths (N,): the distinct pairs. ids (B, T):
+        the rows; row b continues pair owner[b]. Prompts and rows are padded on the right. With
+        `keep_cache` also each layer's (keys, values), (B, G, I+P+T, D) each. A pair is read once
+        for all its rows: attention is causal, so its keys and values depend on nothing behind it.
+        (With the prompt read again for each row, updates took 1.08, PRM scores 1.25 times as
+        long.)"""
         prefix = torch.cat([self.see(images), self.embed(prompts)], dim=1)             # (N, I+P, C)
         rows = self.embed(ids)                                                         # (B, T, C)
         S, T, device = prefix.shape[1], ids.shape[1], ids.device
@@ -311,7 +313,7 @@ class Policy(nn.Module):
                           causal(T, device).expand(len(ids), 1, -1, -1)], dim=-1)
         cache = []
         for block in self.blocks:
-            if block is self.blocks[-1]:       # of the last, keys and values of the prefix are all
+            if block is self.blocks[-1]:       # nothing reads the last block's output at the prefix
                 _, k, v = block.qkv(prefix, *prefix_rope)
             else:
                 prefix, k, v = block(prefix, *prefix_rope, causal(S, device))
@@ -666,7 +668,7 @@ class Optimizer:
             groups = self.parts[int(part)].param_groups
             parameters = [p for group in groups for p in group["params"]]
             shape = () if name == "step" else parameters[int(number)].shape
-            if tensor.shape != shape:                              # AdamW would write beside it
+            if tensor.shape != shape:                              # AdamW does not check
                 raise ValueError(f"optimizer/{key} is not of its parameter's shape")
             states[int(part)][int(number)][name] = tensor
         self.updates = int(updates)
@@ -785,10 +787,11 @@ def sample(policy, prompts, how, prefixes=None, rows=None, progress=None):
     return responses
 
 def _rows_at_once(policy, counts, T):
-    """How many of all responses go into one batch, the same in every process; counts: those of each
-    question. On a CPU at most 1024, and a quarter of all, so that four cores have work (more would
-    change how work is cut); on a GPU each process's share, if half of the free memory holds it (not
-    measured yet): a decode step of many rows takes hardly longer there than one of few."""
+    """How many responses go into one batch, the same in every process. counts: responses of each
+    question. On a CPU at most 1024, and at most a quarter of all, so that four cores have work (not
+    by the number of cores: results must not depend on it). On a GPU a process's whole share, if
+    half of the free memory holds it (not measured yet): there a decode step of many rows takes
+    hardly longer than one of few."""
     if policy.device.type not in ("cpu", "cuda"):                  # a Mac's does not say
         return 4096
     c = policy.config
@@ -831,9 +834,9 @@ def _sample_batch(policy, prompts, counts, temperature, uniforms, forced, progre
     owner = torch.arange(R, device=device)     # (R,) each row's question: at first row q is q's
     live = torch.arange(R, device=device)                          # the responses that go on
     history = []                                                   # (live, tokens, log_probs)
-    # On a GPU the host waits in each step for what its next sizes depend on: all of nonzero, unique
-    # and boolean masks, which say who goes on, in which rows, and who moves, and the most rows of a
-    # question (max). What was drawn stays there until the end.
+    # On a GPU the host must wait for each result that gives a tensor its size: nonzero, unique and
+    # boolean masks (who goes on, in which row, who moves) and max (the most rows of a question).
+    # Tokens and log-probabilities stay on the GPU until the end.
     for t in range(T):
         # 2. Draw: every response for itself, from the logits of its row
         tokens, log_probs = draw(logits[row], temperature[live], uniforms[live, t], forced[live, t])
@@ -847,7 +850,7 @@ def _sample_batch(policy, prompts, counts, temperature, uniforms, forced, progre
         # 3. Branch: one row for each distinct (row, token)
         row, feed = _branch(row, tokens, owner, suffix, t, policy.config.vocabulary)
         B = len(feed)
-        # Questions that are done leave when they are half of all (else a tenth slower at T = 1)
+        # Questions that are done leave when they are half of all: a tenth faster at temperature 1
         going = owner[:B].unique()
         if 2 * len(going) <= len(start):
             prefix = [[part[going] for part in layer] for layer in prefix]
@@ -872,7 +875,7 @@ def _branch(row, tokens, owner, suffix, t, vocabulary):
         row afterwards          0  0  2  0  1  1          feed: 7 to row 0, 5 to row 1, 9 to row 2
     Rows in use are always 0 .. B-1: if row 3 goes on while rows 0 and 1 are done, it moves, too.
     Exact, since each response draws with its own numbers. A row for each response would take 1.4
-    times as long at T = 1, 2.8 for a sweep, 4.6 for step labels (cpu-speed-trials.json)."""
+    times as long at temperature 1, 2.8 for a sweep, 4.6 for step labels (cpu-speed-trials.json)."""
     pairs, branch = torch.unique(row * vocabulary + tokens, return_inverse=True)
     parent, token = pairs // vocabulary, pairs % vocabulary        # (B,) each
     B = len(pairs)
@@ -906,6 +909,7 @@ def _responses(history, counts, end):
 def _prefill(policy, prompts):
     """Read each image and prompt once: logits of the first token (N, V), lengths (N,), and the
     cache, in which the last token of a prompt stands behind the padding."""
+    # [0], a response of one token, is never read: `ids` of such a row is the prompt's last token
     batch = collate([Example(*prompt, [0]) for prompt in prompts])
     images, ids, lengths, owner, last, _ = [part.to(policy.device) for part in batch]
     hidden, cache = policy.hidden(images, ids, lengths, owner, last, keep_cache=True)
@@ -922,7 +926,7 @@ def _decode(policy, tokens, owner, start, t, prefix, suffix):
     rank[order] = torch.arange(len(owner), device=device) - first
     columns = prefix[0][0].shape[2]                                # I+P
     padding = torch.arange(columns - 1, device=device) >= start[:, None] - 1           # (N, I+P-1)
-    padding = F.pad(padding, (0, 1))                               # the last prompt token is none
+    padding = F.pad(padding, (0, 1))                               # last column: a prompt's token
     bias = torch.zeros(padding.shape, device=device).masked_fill_(padding, -math.inf)
     grouping = Grouping(owner, rank, (N, int(counts.max())), bias[owner, None, None])
     cos, sin = policy.rope((start[owner] + t)[:, None])

@@ -10,9 +10,9 @@ Read:     Config, METHODS -> self_evolve (the paper's algorithm) -> what it call
           before it (warm-up, direct SFT) -> a run and its folder -> command line
 Departs:  the base is our own, of 0.8 M parameters (weights/base.py), the paper's a pretrained LMM;
           learning rates are larger (there 1e-6, for 8B), rounds smaller (6.25 % of the questions,
-          there 25 %, chosen on validation); training is counted in updates. Smaller
-          departures are named where they are made: best_temperature, pass_metrics,
-          unique_correct, questions_for_iteration, prm.RewardModel, prm.reward_of.
+          there 25 %, chosen on validation); training is counted in updates. Smaller departures
+          are named where they are made: questions_for_iteration; best_temperature, pass_metrics,
+          unique_correct (evaluate.py); RewardModel, reward_of, top_k (prm.py).
 Run:      python mstar.py [--preset NAME] [--method mstar] [--seed N] [--out runs/NAME] ...
           python mstar.py --resume runs/NAME
 """
@@ -58,8 +58,9 @@ class Config:
     """Every value that a run depends on. Each field is a flag; typed ones replace the preset's."""
     out: str = setting("", "folder of the run; empty: runs/PRESET-METHOD-seedN, a number if taken")
     preset: str = setting("cpu", "sizes; gpu where CUDA is found")
-    method: str = setting("mstar", "the method to run; by default it is compared to others")
-    arms: str = setting("", "several methods, comma-separated, from one pi_0 and one PRM")
+    method: str = setting("mstar", "the main method; typed without --arms it runs alone")
+    arms: str = setting("", "methods to compare, comma-separated, from one pi_0 and one PRM; "
+                        "empty: --method alone, or if that is not typed, the main job's four")
     seed: int = setting(0, "of weights, order of the data, sampling", 0)
     device: str = setting("", "empty: cuda, then mps, then cpu")
     # the world: our own, or questions from files
@@ -106,10 +107,10 @@ class Config:
     temperature: str = setting("1.0", "of sampled responses: a number, or adaptive (1.0 at first)")
     adapt_by: str = setting("reward_pass_at_k", "what a sweep maximises (k: keep_top, or all L)",
                             choices=("reward_pass_at_k", "pass_at_k"))
-    sweep_every: int = setting(2, "iterations from one sweep of T to the next (paper: 2, of its "
-                               "larger ones)")
-    watches: int = setting(0, "how often all T are measured, evenly spaced, and once before", 0)
-    epochs: float = setting(2.0, "how often each question is asked, in whole rounds", 1e-9)
+    sweep_every: int = setting(2, "iterations from one sweep of T to the next (paper: 2, but with "
+                               "larger rounds)")
+    watches: int = setting(0, "validations at every T of a sweep, evenly spaced, besides pi_0's", 0)
+    epochs: float = setting(2.0, "times each question is asked (rounded to whole rounds)", 1e-9)
     rollouts_per_question: int = setting(8, "L; the paper: 16", most=1000)
     evolve_updates: int = setting(1600, "of all iterations, equal for every method (paper: 10,000)")
     evolve_lr: float = setting(3e-4, "learning rate, constant as in the paper (there 1e-6)", 1e-9)
@@ -132,7 +133,8 @@ class Config:
 
     @property
     def tests(self):
-        """Whose test pictures a policy of this run has not seen; its .json says so, for `check`."""
+        """The world and sizes of splits whose test pictures no policy of this run was trained on.
+        Saved in the policy's .json, where `check` of a later run reads it."""
         return {"world_seed": self.world_seed, "splits": self.splits}
 
     @property
@@ -178,7 +180,7 @@ METHODS = {
     "random_2": {"select": "random"},
     "threshold": {"select": "threshold"},
     "top_1": {"select": "top", "keep_top": 1},
-    "prm": {"select": "top"},
+    "prm": {"select": "top"},                                      # Top-2: + PRM re-rank
     "top_4": {"select": "top", "keep_top": 4},
     # Table 3: unlabeled questions, with true or voted answers, after a share of the iterations
     "true_answers": {"unlabeled": "true_answers"},
@@ -279,8 +281,8 @@ def start_or_resume(cfg, pi_0, prm, world, run):
     return policy, optimizer, temperature, 1
 
 def new_optimizer(cfg, policy, lr, decay_over=0):
-    """AdamW on all weights, after a linear start at a constant rate as in the paper, or at a
-    decaying one."""
+    """AdamW on all weights. After a linear start its rate is constant, as in the paper, or decays
+    over `decay_over` updates."""
     return Optimizer([adamw(policy, policy.parameters(), lr)], cfg.lr_warmup_updates, decay_over)
 
 # ---------------------------------------------------------------- 1. generate
@@ -291,8 +293,8 @@ def questions_for_iteration(cfg, world, iteration):
     have joined they are half (our choice: the paper's share is unknown), so that all methods ask
     the same number."""
     def part(split, first, number):
-        # each split has an order of its own. (The labeled one's seed does not name it: with
-        # another seed every result so far would be another.)
+        # each split has an order of its own. (That of "labeled" is not named, only because naming
+        # it now would change every result that is published here)
         purpose = ("questions",) if split == "labeled" else ("questions", split)
         rng = random.Random(seed_for(cfg.seed, *purpose))
         asked = world.get(split, [])[-cfg.evolve_questions:]       # 0: all
@@ -317,12 +319,12 @@ def select(cfg, prm, prompts, correct, iteration):
         return correct
     if cfg.select == "random":                                     # the control
         return random_k(correct, cfg.keep_top, seed_for(cfg.seed, "random", iteration))
-    tokens = [[prm.tokenizer.response(text)] for _, text in correct]
+    tokens = [[prm.tokenizer.response(text)] for _, text in correct]  # one response to a prompt
     rewards = response_rewards(prm, [prompts[i] for i, _ in correct], tokens)
     rewards = [reward for (reward,) in rewards]                    # R_p of each
     if cfg.select == "top":
         return top_k(correct, rewards, cfg.keep_top)               # the paper: Top-2
-    return sorted(key for key, reward in zip(correct, rewards) if reward > cfg.threshold)
+    return sorted(pair for pair, reward in zip(correct, rewards) if reward > cfg.threshold)
 
 # ---------------------------------------------------------------- 3. improve
 
@@ -364,7 +366,8 @@ def validate(cfg, policy, prm, world, temperature, iteration):
     questions = world["validation"]
     n = cfg.monitor_rollouts
     looks = look_at(cfg, policy, prm, questions, [0.0, temperature], n)
-    greedy, look = looks[0.0].is_correct[:, 0], looks[temperature]  # (Q,), and [question][n]
+    greedy = looks[0.0].is_correct[:, 0]                           # (Q,)
+    look = looks[temperature]                                      # n responses to each question
     correct, outcomes = unique_correct(questions, look.texts)      # [(question index, text)]
     sampled = list(chain.from_iterable(look.responses))            # all responses in a row
     passes = passes_of(cfg, look)
@@ -451,7 +454,7 @@ class Run:
         (out / "checkpoint").mkdir(parents=True, exist_ok=True)
 
     def result(self, name, make, *inputs):
-        """The dict that make(*inputs) returns, as JSON gives it back; read if it is there."""
+        """The dict in NAME.json. If the file is not there, make(*inputs) makes the dict first."""
         path, began = self.out / f"{name}.json", time.time()
         if self._read(read_json, path) is None:                    # not there, or damaged
             result = make(*inputs)
@@ -460,7 +463,8 @@ class Run:
         return self.about[path.stem]
 
     def network(self, name, kind, make, *inputs):
-        """The network of (network, about) that make(*inputs) returns; read if it is there."""
+        """The network in NAME.safetensors. If the file is not there, make(*inputs) makes (network,
+        about) first."""
         path, began = self.out / f"{name}.safetensors", time.time()
         network = self._read(load_network, path, self.tokenizer, self.device, kind)
         if network is None:                                        # not there, or damaged
@@ -525,7 +529,7 @@ class Run:
         line = {"arm": arm, "iteration": iteration, "temperature": temperature, **metrics,
                 "sweep": sweep, "seconds": round(time.time() - self.last_log, 1)}
         self.lines.append({name: value for name, value in line.items() if value is not None})
-        self.last_log = time.time()  # an iteration lasts until its line
+        self.last_log = time.time()            # from here on, time counts for the next line
         lines = [json.dumps(line, allow_nan=False) + "\n" for line in self.lines]
         write_whole(self.out / "metrics.jsonl", "".join(lines).encode())
         print_line(self.lines[-1])
@@ -598,7 +602,7 @@ def expected(cfg, arms, base, world):
     text = (f"expected  {sum(p.numel() for p in base.parameters()):,} parameters, "
             f"{asked * cfg.rollouts_per_question:,} responses, {updates:,} updates")
     if base.device.type != "cpu" or updates < 500:                 # not known, or seconds
-        return f"{text} (minutes are known of longer runs on a CPU only)"
+        return f"{text} (minutes are estimated on a CPU only, from 500 updates on)"
     questions, policy, began = world["labeled"][:128], copy.deepcopy(base), time.time()
     look = look_at(cfg, base, None, questions, [1.0], cfg.rollouts_per_question)[1.0]
     sampled = time.time()
@@ -728,8 +732,8 @@ def check(cfg):
     labels = cfg.prm_questions * any(arm.needs_prm for arm in arms_of(cfg))
     needed = max(cfg.warmup_questions + labels, cfg.evolve_questions)
     if needed > cfg.labeled:
-        fail(f"--labeled {cfg.labeled}: at least {needed}, for --warmup_questions with other "
-             "--prm_questions, and for --evolve_questions")
+        fail(f"--labeled {cfg.labeled}: must be at least {needed}, to hold --warmup_questions and "
+             "as many different --prm_questions as asked for, or --evolve_questions")
     if cfg.data and cfg.policy == "scratch":
         fail("--data: a base from scratch learns our world; choose a --policy")
     if bool(cfg.data) != bool(cfg.images) or cfg.testbed and not cfg.data:
@@ -741,18 +745,21 @@ def check(cfg):
             fail(f"--policy: {error}; --method base --policy scratch makes one of ours")
         if size % 64 and not cfg.data:                             # the canvas has 64 units
             fail(f"--policy {cfg.policy}: reads pictures of {size} pixels, no multiple of 64")
-    if Path(cfg.policy).is_file() and not cfg.data:                # new to a base of ours are only
-        about = read_json(Path(cfg.policy).with_suffix(".json"))   # the tests of its own world
+    if Path(cfg.policy).is_file() and not cfg.data:
+        # A base of ours was trained on pictures of its world, but for those of its tests. Tests
+        # smaller than full size are the beginnings of the full ones, so they are unseen, too
+        about = read_json(Path(cfg.policy).with_suffix(".json"))
         made = about.get("splits", {})
         same = all(max(full, cfg.splits[split]) == max(full, made.get(split, 0))
-                   for split, full in FULL_SIZES.items())          # smaller ones are parts of full
+                   for split, full in FULL_SIZES.items())
         if not same or about.get("world_seed") != cfg.world_seed:
             fail(f"--policy {cfg.policy}: has seen pictures of these tests; keep to the world_seed "
                  "and the sizes of tests in its .json, or make another by --policy scratch")
-    if len({arm.iterations * arm.questions_per_iteration for arm in arms_of(cfg)}) > 1:
-        fail(f"--epochs {cfg.epochs:g} of --labeled {cfg.labeled}, or --evolve_questions, arms of "
-             "different --interval do not ask equally many: take whole epochs, and questions that "
-             "each interval divides")
+    evolved = [arm for arm in arms_of(cfg) if arm.method not in ("base", "sft")]
+    if len({arm.iterations * arm.questions_per_iteration for arm in evolved}) > 1:
+        fail(f"--epochs {cfg.epochs:g} of --labeled {cfg.labeled}, or --evolve_questions: arms of "
+             "different --interval would not ask equally many questions; take whole epochs, and a "
+             "number of questions of which each interval is a whole part")
 
 def begun_with(folder, typed):
     """The Config of the run in a folder. Exits 2 if there is none that goes on by this command."""

@@ -142,9 +142,9 @@ class RewardModel(nn.Module):
         parts of a batch.
 
         Most of a label is how hard its question is, but re-ranking compares responses to one
-        question. So each pair of steps of one question (in one part of a batch) adds the logistic
-        loss of its difference, by how much the labels differ, divided by the number of the
-        question's steps, times 2 (our choice, on validation)."""
+        question. So to the sum is added, with logits x and labels y of the n steps of a question
+        that are in one part of a batch (our choice; the 2 was chosen on validation):
+            2/n  sum_ij  max(0, y_i - y_j) softplus(x_j - x_i)"""
         is_end = labels >= 0
         logits = self(images, prompts, lengths, owner, ids, targets)
         logits, soft = logits[is_end], labels[is_end]                                  # (steps,)
@@ -213,8 +213,8 @@ def score(prm, prompts, responses, rows=128):
 
 def reward_of(steps):
     """R_p = min over steps of f(s_i): a response is as good as its weakest step. Takes its scores.
-    Rounded to four digits (our choice; the rest is rounding noise of the batch, in fp32): responses
-    that begin alike up to their weakest step then tie (80 of 81 pairs; 35 of them unrounded)."""
+    Rounded to four digits (our choice): what is left is rounding noise of fp32 batches. Responses
+    that begin alike up to their weakest step should tie. Of 81 such pairs 80 do, unrounded 35."""
     return float(f"{min(steps):.4g}")
 
 def response_rewards(prm, prompts, responses):
@@ -273,7 +273,7 @@ def pseudo_answered(prm, questions, num_labeled, prompts, texts):
 # ---------------------------------------------------------------- the comparison with the oracle
 
 def audit(pi_0, prm, labels, labeled, questions, max_new_tokens, n=16):
-    """Hold the PRM against the oracle, what no one can do on real data, on n responses of pi_0 per
+    """Hold the PRM against the oracle, which no one can do on real data, on n responses of pi_0 per
     question at temperature 1. labels: the StepLabels it was trained on, of the questions `labeled`.
     Returns {mean: {name: number}, by_question: {name: a number for each question, as text}}:
         greedy, best_of_N, likeliest_of_N, weighted_vote_of_N, majority_of_N (Figure 2a, there on
@@ -296,7 +296,9 @@ def audit(pi_0, prm, labels, labeled, questions, max_new_tokens, n=16):
             numbers[name].append(is_correct)
         for name, number in compare_top_2(question, group, rewards, likely).items():
             numbers[name].append(number)
-        for response, text, steps in zip(sampled, group, of_group) if question.facts else ():
+        if not question.facts:                                     # no oracle
+            continue
+        for response, text, steps in zip(sampled, group, of_group):
             step_scores += steps
             written = pi_0.tokenizer.steps(response.tokens)
             true_steps += oracle_of_steps(question, text, written)
@@ -343,7 +345,7 @@ def compare_top_2(question, texts, rewards, likely):
     for name, values in (("reward", rewards), ("likelihood", likely)):
         numbers[f"auc_{name}"] = auc(list(is_sound.values()), [values[i] for i in first.values()])
     for way, values in (("all", None), ("top_2", rewards), ("likely_2", likely)):
-        keys = [(0, text) for text in first]
+        keys = [(0, text) for text in first]                       # 0: all of one question
         if values:
             keys = top_k(keys, [values[i] for i in first.values()], 2)
         unsound = [not is_sound[text] for _, text in keys if is_sound]

@@ -506,6 +506,10 @@ def test_wrong_use_exits_2_with_one_line_and_writes_nothing(flags, named, tmp_pa
     assert not list(tmp_path.iterdir())
 
 
+def test_arms_without_rounds_need_not_ask_equally_many_questions():
+    assert config("--arms", "sft,continuous_100", "--epochs", "1.6").iterations == 2
+
+
 def test_stopped_before_anything_was_begun_it_leaves_nothing(tmp_path, capsys, monkeypatch):
     def stop(config):
         raise KeyboardInterrupt
