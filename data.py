@@ -731,13 +731,18 @@ def read_questions(file, images):
 def _of_mathv360k(record, images):
     """{id, image, conversations: [{value: question, after "<image>", with hint and choices},
     {value: "The answer is B"}]}; the source is the first folder of the image's path."""
-    image = record["image"][0] if isinstance(record["image"], list) else record["image"]     # LLaVA
-    text = record["conversations"][0]["value"].replace("<image>", "").strip()
+    image = record["image"]
+    if isinstance(image, list):                                    # LLaVA
+        image, = image                                             # ValueError: several pictures
+    asked, said = [turn for turn in record["conversations"] if turn.get("from") != "system"][:2]
+    text = asked["value"].replace("<image>", "").strip()
     listed = " ".join(text.partition("Choices:")[2].split())       # (A) 5 (B) 6, in lines or not
-    lettered = re.findall(r"(?<!\S)\(([A-Z])\) ?(.*?)(?= \([A-Z]\)|$)", listed)
+    lettered = re.findall(r"(?<!\S)\(([A-Z])\)(.*?)(?= \([A-Z]\)|$)", listed)
+    choices = tuple(choice.strip() for _, choice in lettered)
     in_order = [letter for letter, _ in lettered] == [chr(65 + i) for i in range(len(lettered))]
-    choices = tuple(choice for _, choice in lettered) if in_order else ()
-    gold = re.sub(r"^the answer is:?", "", record["conversations"][1]["value"].strip(), flags=re.I)
+    if not (in_order and all(choices)):                            # their texts are in the picture
+        choices = ()
+    gold = re.sub(r"^the answer is:?", "", said["value"].strip(), flags=re.I)
     source = image.split("/")[0].replace(" ", "_") if "/" in image else "unknown"
     return Question(str(record["id"]), source, "", text, normal_answer(gold, choices),
                     image=f"{images}/{image}", choices=choices)
@@ -784,16 +789,19 @@ def normal_answer(text, choices=()):
     without MARKUP: " Yes " -> "yes", "(b)" -> "b"."""
     def plain(text):
         text = MARKUP.sub(r"\1", text).strip() or text             # "*" may be a choice
-        return " ".join(text.split()).rstrip(".。").strip("$ ").lower()
+        return " ".join(text.split()).rstrip(".。").strip("$ ")
 
-    text, texts = plain(text), list(map(plain, choices))
+    written, texts = plain(text), list(map(plain, choices))
+    text, in_lower = written.lower(), [choice.lower() for choice in texts]
     letter = re.fullmatch(r"\(?([a-z])\)?|\(?([a-z])[).:].*", text)
-    if letter and not (len(text) > 3 and text in texts):           # "C. elegans" may be choice A
+    if letter and (letter[1] or text not in in_lower):             # "C. elegans" may be choice A
         number = ord(letter[1] or letter[2]) - ord("a")
         if number < len(choices):
             return chr(ord("A") + texts.index(texts[number]))
-    if text in texts:
-        return chr(ord("A") + texts.index(text))
+    if written in texts:                                           # FF, Ff and ff are three choices
+        return chr(ord("A") + texts.index(written))
+    if text in in_lower:
+        return chr(ord("A") + in_lower.index(text))
     if re.fullmatch(r"[+-]?(\d{1,3}(,\d{3})+|\d{1,28})(\.\d*)?|[+-]?\.\d+", text, re.ASCII):
         return f"{Decimal(text.replace(',', '')).normalize():f}"
     return re.sub(r"^\((\w)\)$", r"\1", text)
@@ -810,7 +818,8 @@ def open_picture(path, images=None, size=None, longest=None):
         if picture.width * picture.height > Image.MAX_IMAGE_PIXELS:
             raise ValueError(f"{picture.width} x {picture.height} pixels are too many")
         picture = picture.convert("RGBA")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except (OSError, ValueError, SyntaxError, RuntimeError, TypeError,    # of AVIF, of TIFF
+            Image.DecompressionBombError) as error:
         raise OSError(f"{path}: {error}") from error
     picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
     picture = picture.convert("RGB")
@@ -904,6 +913,10 @@ class Tokenizer:
     def response(self, text):
         """Response ids: the text and the end token."""
         return [*self.encode(text), self.EOS]
+
+    def text_of(self, tokens):
+        """The text of a response; if it was cut off at max_new_tokens, too: numbers are whole."""
+        return self.decode(tokens)
 
     def step_ends(self, tokens):
         """Where the steps of a response end: at its line breaks and its last token."""

@@ -135,7 +135,8 @@ def sample_texts(policy, prompts, how, title, prefixes=None):
             responses = sample(policy, prompts, how, prefixes, progress=bar.update)
         except FloatingPointError as error:
             raise FloatingPointError(f"{title}: {error}") from error
-    return [list(map(policy.tokenizer.decode, group)) for group in tokens_of(responses)], responses
+    texts = [list(map(policy.tokenizer.text_of, group)) for group in tokens_of(responses)]
+    return texts, responses
 
 def tokens_of(responses):
     """[question][rollout] of Response -> the same of token lists."""
@@ -204,7 +205,7 @@ def official_extraction(text, record):
         return text
     if quick := re.search(r'The answer is "(.*)"\.', text):        # its own quick rule
         return quick[1]
-    before, *answers = BEFORE_ANSWER.split(text)
+    before, *answers = BEFORE_ANSWER.split(MARKUP.sub(r"\1", text))  # as GPT would read it
     if not answers and "\n" in text.strip():                       # which of the lines?
         return ""
     return [before, *answers][-1].strip().partition("\n")[0].rstrip(".")

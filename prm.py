@@ -82,7 +82,7 @@ def label_responses(policy, questions, prompts, responses, how):
         for j, prefix in enumerate(prefixes[i]):
             counts[prefix] = sum(is_correct[j * L:(j + 1) * L])    # of its L completions
         for tokens in responses[i]:
-            text = policy.tokenizer.decode(tokens)
+            text = policy.tokenizer.text_of(tokens)
             counts[tokens] = L * (grade(text, question) == "correct")  # the whole response
             of_steps = [counts[tokens[:end + 1]] for end in step_ends(tokens)]  # one per step
             labels.append(StepLabels(i, list(tokens), of_steps, L))

@@ -66,7 +66,10 @@ def file(tmp_path):
                                                                        "b, i think"),
     ("d", CHOICES, "d"), ("b", (), "b"), ("1,00", (), "1,00"), ("", (), ""),
     ("T*", (), "t"), (r"\boxed{5}", (), "5"), ("3*4", (), "3*4"),
-    ("", ("*", "+"), ""), ("*", ("*", "+"), "A")])
+    ("", ("*", "+"), ""), ("*", ("*", "+"), "A"),
+    ("ff", ("FF", "Ff", "ff"), "C"), ("fF", ("FF", "Ff", "ff"), "A"),
+    ("c", ("FF", "Ff", "ff"), "C"), ("A.M.", ("P.M.", "A.M."), "B"), ("a:b", ("b:a", "a:b"), "B"), ("a", ("c", "a"), "A"),
+    ("C. elegans", ("a worm", "C. elegans", "a plant"), "B")])
 def test_what_means_the_same_has_one_form(text, choices, expected):
     assert normal_answer(text, choices) == expected
 
@@ -82,7 +85,7 @@ def test_records_of_mathv360k(file, images):
 
 @pytest.mark.parametrize("listed, expected", [
     ("(A) 5 (B) 6 (C) 7", ("5", "6", "7")), ("\n(A)5\n (B) 6 cm", ("5", "6 cm")), ("\nA. 5", ()),
-    ("\n(B) 6", ()), ("\n(A) f(X) (B) g", ("f(X)", "g"))])
+    ("\n(B) 6", ()), ("\n(A) f(X) (B) g", ("f(X)", "g")), ("\n(A) \n(B) \n", ())])
 def test_choices_have_the_letters_a_b_c(listed, expected, file, images):
     asked = f"Question: which?\nChoices:{listed}"
     file.write_text(json.dumps([mathv360k(0, "TabMWP/images/1.png", asked, "The answer is A")]))
@@ -103,6 +106,15 @@ def test_what_stands_in_brackets_is_a_choice_only_in_a_list_of_choices(file, ima
     file.write_text(json.dumps([record]))
     (question,), wrong = read_questions(file, images)
     assert (question.choices, question.answer, wrong) == ((), "liver", {})
+
+def test_a_system_turn_is_no_question_and_two_pictures_are_too_many(file, images):
+    told = mathv360k(0, ["TabMWP/images/1.png"], "how much?", "5")
+    told["conversations"].insert(0, {"from": "system", "value": "You are"})
+    both = mathv360k(1, ["TabMWP/images/1.png", "UniGeo/images/2.png"], "how much?", "5")
+    file.write_text(json.dumps([told, both]))
+    (question,), wrong = read_questions(file, images)
+    assert (question.text, question.answer) == ("how much?", "5")
+    assert wrong == {"records of another shape (the first: number 1)": 1}
 
 def test_a_record_per_line_is_the_same(file, images):
     lines = file.with_suffix(".jsonl")
@@ -195,7 +207,8 @@ def test_the_normal_form_of_mathvista(extraction, record, prediction):
     ("first B\nthen B", CHOICE, False), ("14 cm", CHOICE, True),
     ("answer: B.", CHOICE, True), (" 5 ", mathvista("1", "5"), True), ("5.0", FLOAT, False),
     ("Answer: 5.90", FLOAT, True), ('The answer is "5.9".', FLOAT, True), ("5.9", FLOAT, True),
-    ("it is 5", mathvista("1", "5"), False), ("", mathvista("1", "5"), False)])
+    ("it is 5", mathvista("1", "5"), False), ("", mathvista("1", "5"), False),
+    ("answer: **B**", CHOICE, True), (r"so\nanswer: \boxed{5}.", mathvista("1", "5"), True)])
 def test_the_score_of_mathvista(text, record, expected):
     assert officially_correct(text, record) == expected
 
@@ -323,7 +336,11 @@ def test_nothing_outside_the_folder_is_opened(images, tmp_path):
 def test_what_is_no_picture_is_named(images, monkeypatch):
     (images / "text.png").write_text("no picture")
     (images / "half.png").write_bytes((images / "TabMWP/images/1.png").read_bytes()[:40])
-    for name in ("text.png", "half.png", "gone.png"):
+    Image.new("RGB", (40, 40), "red").save(images / "whole.avif")
+    damaged = bytearray((images / "whole.avif").read_bytes())
+    damaged[81] ^= 255                                             # Pillow: RuntimeError
+    (images / "damaged.avif").write_bytes(damaged)
+    for name in ("text.png", "half.png", "gone.png", "damaged.avif"):
         with pytest.raises(OSError, match=name):
             open_picture(images / name, images)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)            # a bomb: 200 pixels, or more

@@ -102,6 +102,13 @@ def test_a_step_ends_where_a_token_holds_a_line_break(tokenizer):
     assert len(ends) == 3 and ends[-1] == len(tokens) - 1
     assert all("\n" in tokenizer.symbols[tokens[end]].replace("Ċ", "\n") for end in ends[:-1])
 
+def test_half_a_number_is_no_answer(tokenizer):
+    whole = tokenizer.response("3 + 9 = 12\nanswer: 12")
+    assert tokenizer.text_of(whole) == "3 + 9 = 12\nanswer: 12"
+    cut = whole[:-2]                                               # at max_new_tokens
+    assert tokenizer.decode(cut).endswith("answer: 1") and tokenizer.text_of(cut) == "3 + 9 = 12\n"
+    assert tokenizer.text_of(cut[:3]) == ""
+
 def test_prompts_stand_behind_the_image_and_ask_for_steps(tokenizer):
     asked, given = tokenizer.prompt("what is it?"), tokenizer.prompt("what is it?", 42)
     assert tokenizer.decode(asked).startswith("what is it?\nReason step by step")

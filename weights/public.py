@@ -212,3 +212,9 @@ class PublicTokenizer(Tokenizer):
     def response(self, text):
         """Response ids: the text and the end token."""
         return [*self.encode(f" {text}"), self.EOS]
+
+    def text_of(self, tokens):
+        """The text of a response. If it was cut off at max_new_tokens, without the beginning of its
+        last line: digits are tokens, and of "answer: 12" that may end in a 1."""
+        text = self.decode(tokens)
+        return text if tokens[-1] == self.EOS else text[:text.rfind("\n") + 1]
