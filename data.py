@@ -802,7 +802,7 @@ def normal_answer(text, choices=()):
         return chr(ord("A") + texts.index(written))
     if text in in_lower:
         return chr(ord("A") + in_lower.index(text))
-    if re.fullmatch(r"[+-]?(\d{1,3}(,\d{3})+|\d{1,28})(\.\d*)?|[+-]?\.\d+", text, re.ASCII):
+    if re.fullmatch(r"[+-]?(\d{1,3}(,\d{3}){1,8}|\d{1,28})(\.\d*)?|[+-]?\.\d+", text, re.ASCII):
         return f"{Decimal(text.replace(',', '')).normalize():f}"
     return re.sub(r"^\((\w)\)$", r"\1", text)
 

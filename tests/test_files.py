@@ -65,10 +65,12 @@ def file(tmp_path):
     ("(B) 14 cm", CHOICES, "B"), ("B. the longer one", CHOICES, "B"), ("b, I think", CHOICES,
                                                                        "b, i think"),
     ("d", CHOICES, "d"), ("b", (), "b"), ("1,00", (), "1,00"), ("", (), ""),
+    (f"1{',000' * 9}", (), f"1{',000' * 9}"),                      # too long for a Decimal
     ("T*", (), "t"), (r"\boxed{5}", (), "5"), ("3*4", (), "3*4"),
     ("", ("*", "+"), ""), ("*", ("*", "+"), "A"),
     ("ff", ("FF", "Ff", "ff"), "C"), ("fF", ("FF", "Ff", "ff"), "A"),
-    ("c", ("FF", "Ff", "ff"), "C"), ("A.M.", ("P.M.", "A.M."), "B"), ("a:b", ("b:a", "a:b"), "B"), ("a", ("c", "a"), "A"),
+    ("c", ("FF", "Ff", "ff"), "C"), ("A.M.", ("P.M.", "A.M."), "B"),
+    ("a:b", ("b:a", "a:b"), "B"), ("a", ("c", "a"), "A"),
     ("C. elegans", ("a worm", "C. elegans", "a plant"), "B")])
 def test_what_means_the_same_has_one_form(text, choices, expected):
     assert normal_answer(text, choices) == expected
