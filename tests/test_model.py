@@ -1,20 +1,17 @@
 """The network, its sampler, its training and its files, against slow and obvious references."""
 import copy
 import errno
-import hashlib
 import io
 import math
 import os
 import random
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
 from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save as bytes_of_tensors
 
 import model
 from data import Tokenizer
@@ -492,12 +489,6 @@ def assert_same_weights(first, second):
     for name, tensor in first.state_dict().items():
         assert torch.equal(tensor, second.state_dict()[name]), name
 
-def write_pair(path, tensors, about):
-    """Weights and JSON with right checksums, whatever they hold."""
-    data = bytes_of_tensors(tensors)
-    path.write_bytes(data)
-    write_json(path.with_suffix(".json"), {**about, "weights": hashlib.sha256(data).hexdigest()})
-
 def refused(path, tokenizer, kind=Policy):
     """The one clear ValueError by which a pair of files is refused, which names one of them."""
     with pytest.raises(ValueError) as caught:
@@ -608,73 +599,6 @@ def test_no_damage_is_read_as_something_else(name, policy, tokenizer, tmp_path):
             same += 1
     assert same <= 0.3 * len(damaged)
 
-def hostile_files(policy):
-    """(name, tensors, about) of pairs that are whole, but not what they should be."""
-    good = dict(policy.state_dict())
-    first, tensor = next(iter(good.items()))
-    sizes = asdict(policy.config)
-    about = {"model": sizes, "vocabulary": policy.tokenizer.symbols}
-    nested = current = []
-    for _ in range(500):
-        current.append([])
-        current = current[0]
-    yield "missing", {name: t for name, t in good.items() if name != first}, about
-    yield "extra", {**good, "more": torch.zeros(1)}, about
-    yield "shape", {**good, first: torch.zeros(2, 2)}, about
-    yield "type", {**good, first: tensor.double()}, about
-    yield "NaN", {**good, first: torch.full_like(tensor, math.nan)}, about
-    yield "infinite", {**good, first: torch.full_like(tensor, math.inf)}, about
-    yield "no tensors", {}, about
-    for name, value in [("width", 10**12), ("layers", 10**9), ("width", -4), ("width", "32"),
-                        ("heads", 0), ("image_size", 65), ("width", None), ("width", True),
-                        ("vocabulary", 7), ("layers", 1), ("rope_theta", 0.5), ("width", [])]:
-        yield f"{name} {value}", good, {**about, "model": {**sizes, name: value}}
-    yield "unknown field", good, {**about, "model": {**sizes, "power": 1}}
-    yield "nested", good, {**about, "model": nested}
-    yield "no model", good, {"vocabulary": policy.tokenizer.symbols}
-    yield "no list", good, {**about, "vocabulary": 5}
-    yield "other words", good, {**about, "vocabulary": ["x"] * len(policy.tokenizer)}
-
-def test_hostile_files_give_one_clear_error(policy, tokenizer, tmp_path):
-    path = tmp_path / "policy.safetensors"
-    for name, tensors, about in hostile_files(policy):
-        write_pair(path, tensors, about)
-        refused(path, tokenizer)
-
-def test_sizes_that_make_no_network_give_one_clear_error(policy, tokenizer, tmp_path):
-    """Fractions, sizes whose product is too large for a computer, no vocabulary, fewer or more
-    embeddings than words."""
-    path, sizes = tmp_path / "policy.safetensors", asdict(policy.config)
-    huge = {"image_size": 10**6, "patch_size": 1, "shuffle": 10**6, "vision_width": 10**6,
-            "vision_heads": 1, "width": 10**6, "heads": 1, "kv_heads": 1}
-    changes = [huge, *({name: float(size)} for name, size in sizes.items() if type(size) is int)]
-    for change in changes:
-        write_pair(path, dict(policy.state_dict()),
-                   {"model": {**sizes, **change}, "vocabulary": tokenizer.symbols})
-        refused(path, tokenizer)
-    write_pair(path, dict(policy.state_dict()), {"model": sizes})
-    refused(path, tokenizer)
-    for number in (10, len(tokenizer) + 5):
-        config = ModelConfig(**{**sizes, "vocabulary": number})
-        save(path, Policy(config, tokenizer))
-        refused(path, tokenizer)
-
-def test_declared_sizes_take_no_memory(policy, tokenizer, tmp_path):
-    """Of the network in the JSON, and of a tensor in the safetensors: both end as one error."""
-    path = tmp_path / "policy.safetensors"
-    sizes = {**asdict(policy.config), "width": 16_000, "image_size": 8192, "shuffle": 1024}
-    about = {"model": sizes, "vocabulary": tokenizer.symbols}      # a projector of a terabyte
-    write_pair(path, dict(policy.state_dict()), about)
-    assert "tensors are not those" in refused(path, tokenizer)
-    small = bytes_of_tensors({"a": torch.zeros(4)})
-    header = small[8:small.index(b"}}") + 2]
-    header = header.replace(b"[4]", b"[4000000000000]").replace(b"[0,16]", b"[0,16000000000000]")
-    data = len(header).to_bytes(8, "little") + header + bytes(16)
-    path.write_bytes(data)
-    about = {"model": asdict(policy.config), "vocabulary": tokenizer.symbols}
-    write_json(path.with_suffix(".json"), {**about, "weights": hashlib.sha256(data).hexdigest()})
-    assert str(path) in refused(path, tokenizer)
-
 def full_after(left):
     """`open` on a disk that is full after `left` bytes."""
     class File(io.FileIO):
@@ -752,55 +676,3 @@ def test_a_loaded_network_trains_to_the_same_bits(policy, prompts, tokenizer, tm
     for network in (policy, loaded):
         fit(network, both_optimizers(network), stream_of(prompts), 3, 3, "test")
     assert_same_weights(loaded, policy)
-
-@pytest.fixture
-def training(policy, prompts):
-    """What `save` would write after two updates: tensors, of which the optimizer's are apart, and
-    the JSON."""
-    optimizer = both_optimizers(policy)
-    fit(policy, optimizer, stream_of(prompts), 2, 3, "test")
-    state = {f"optimizer/{name}": tensor for name, tensor in optimizer.tensors().items()}
-    about = {"model": asdict(policy.config), "vocabulary": policy.tokenizer.symbols, "updates": 2}
-    return dict(policy.state_dict()), state, about
-
-def refused_training(path, policy):
-    """`load` refuses the pair of files by one ValueError that names it."""
-    with pytest.raises(ValueError) as caught:
-        load(path, policy, both_optimizers(policy))
-    assert str(caught.value).startswith(str(path)) and "\n" not in str(caught.value)
-
-def test_an_optimizer_state_that_is_none_is_named(policy, training, tmp_path):
-    path, (weights, state, about) = tmp_path / "training.safetensors", training
-    first = next(iter(state))
-    for changed in ({first: torch.tensor(math.nan)}, {"optimizer/nonsense": torch.zeros(1)},
-                    {"optimizer/0/x/step": torch.zeros(1)}):
-        write_pair(path, {**weights, **state, **changed}, about)
-        refused_training(path, policy)
-    del about["updates"]
-    write_pair(path, {**weights, **state}, about)
-    refused_training(path, policy)
-
-def test_an_optimizer_state_of_other_parameters_is_named(policy, training, tmp_path):
-    """More parts, more parameters, other shapes: AdamW would write outside of its memory."""
-    path, (weights, state, about) = tmp_path / "training.safetensors", training
-    for changed in ({"optimizer/2/0/momentum": torch.zeros(1)},
-                    {"optimizer/0/999/exp_avg": torch.zeros(3)},
-                    {"optimizer/0/0/exp_avg": torch.zeros(3)},
-                    {"optimizer/0/0/exp_avg": torch.tensor(0.0)},
-                    {"optimizer/1/0/momentum": torch.zeros(3)}):
-        write_pair(path, {**weights, **state, **changed}, about)
-        refused_training(path, policy)
-    write_pair(path, {**weights, **state}, {**about, "updates": None})
-    refused_training(path, policy)
-
-def test_what_is_refused_changes_neither_network_nor_optimizer(policy, training, tmp_path):
-    """A run goes on with them after a file that is not used."""
-    path, (weights, state, about) = tmp_path / "training.safetensors", training
-    zeros = {name: torch.zeros_like(tensor) for name, tensor in {**weights, **state}.items()}
-    write_pair(path, {**zeros, "optimizer/nonsense": torch.zeros(1)}, about)
-    optimizer, before = both_optimizers(policy), copy.deepcopy(policy.state_dict())
-    with pytest.raises(ValueError):
-        load(path, policy, optimizer)
-    assert optimizer.updates == 0 and optimizer.tensors() == {}
-    for name, tensor in policy.state_dict().items():
-        assert torch.equal(tensor, before[name])
