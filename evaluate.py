@@ -336,9 +336,7 @@ def means(by_question):
 
 def pass_at_k(n, c, k):
     """Chance that k responses drawn from n without replacement hold at least one of the c correct
-    ones: the unbiased estimator of Chen et al. 2021 (arXiv 2107.03374)."""
-    if not (0 <= c <= n and 1 <= k <= n):
-        raise ValueError(f"pass_at_k needs 0 <= c <= n and 1 <= k <= n, got n={n}, c={c}, k={k}")
+    ones: the unbiased estimator of Chen et al. 2021 (arXiv 2107.03374). c and k are at most n."""
     return 1 - math.comb(n - c, k) / math.comb(n, k)               # 1 - C(n-c, k) / C(n, k)
 
 def reward_pass_at_k(correct, rewards, k):
@@ -346,9 +344,7 @@ def reward_pass_at_k(correct, rewards, k):
     ranks highest, out of all n responses, correct or wrong. Where equal rewards straddle rank k,
     each order of them is equally likely (our choice; `top_k` goes by text), and the value is the
     chance of a correct one.
-    correct: n bools, rewards: n numbers -> a float in [0, 1]."""
-    if not 1 <= k <= len(rewards):
-        raise ValueError(f"reward_pass_at_k needs 1 <= k <= n, got n={len(rewards)}, k={k}")
+    correct: n bools, rewards: n numbers, 1 <= k <= n -> a float in [0, 1]."""
     edge = sorted(rewards, reverse=True)[k - 1]                    # the reward at rank k
     above = [c for c, reward in zip(correct, rewards) if reward > edge]  # surely among the k
     tied = [c for c, reward in zip(correct, rewards) if reward == edge]  # some of them are

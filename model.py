@@ -720,27 +720,19 @@ def sample(policy, prompts, how, prefixes=None, rows=None, progress=None):
 
     prefixes: for each question a list of token lists. Each is continued L times; a question's
         responses are those of its first prefix, then of its second ... A prefix is part of its
-        responses and of max_new_tokens.
+        responses and shorter than max_new_tokens.
     rows: responses per batch at most (never less than L); by default see _rows_at_once.
     progress: called with the number of responses that have just ended.
-    ValueError: a negative temperature, an empty prompt, a prefix that leaves nothing to write.
     FloatingPointError: weights that have left the finite numbers."""
-    L, T, end = how.rollouts, how.max_new_tokens, policy.tokenizer.EOS
+    L, T = how.rollouts, how.max_new_tokens
     prefixes = prefixes or [[[]]] * len(prompts)
     temperature = torch.as_tensor(how.temperature, dtype=torch.float32).expand(L)
-    if not (temperature >= 0).all():                               # NaN is not, either
-        raise ValueError(f"temperature {how.temperature}: must be at least 0, which is greedy")
-    if not all(prompt.ids for prompt in prompts):
-        raise ValueError("empty prompt")
     streams = torch.arange(L) if how.streams is None else torch.as_tensor(how.streams)
     generator = torch.Generator().manual_seed(how.seed)
     uniforms = torch.rand(len(prompts), int(streams.max()) + 1, T, generator=generator)
     forced = [torch.full((len(group), T), -1) for group in prefixes]
     for group, table in zip(prefixes, forced):
         for prefix, line in zip(group, table):
-            if len(prefix) >= T or end in prefix:
-                raise ValueError(f"a prefix of {len(prefix)} tokens leaves nothing to write: "
-                                 f"at most {T}, and no end token inside")
             line[:len(prefix)] = torch.tensor(prefix, dtype=torch.long)
 
     def run(batch):                                # tables with one line per response

@@ -222,10 +222,6 @@ def test_same_seed_same_world_and_tests_do_not_depend_on_training_sizes(world):
         assert (render(again[split][3]) == render(world[split][3])).all()
     assert build_world({"test": 60}, seed=1)["test"] != world["test"]
 
-def test_an_unknown_split_is_an_error():
-    with pytest.raises(ValueError, match="unknown split 'lebeled'"):
-        build_world({"lebeled": 5, "test": 5})
-
 def test_a_world_without_enough_pictures_is_an_error_and_no_endless_search(monkeypatch):
     make, first = data._make, []
 
@@ -274,8 +270,6 @@ def test_render_sizes(world):
     question = world["style"][0]
     assert render(question, 64).shape == (64, 64, 3)
     assert render(question, 128).dtype == np.uint8
-    with pytest.raises(ValueError, match="100"):
-        render(question, 100)
 
 def test_preview_is_a_picture(tmp_path, capsys):
     sheet = tmp_path / "sheet.png"
@@ -329,10 +323,6 @@ def test_prompts_and_responses_have_their_signs(tokenizer):
 def test_tokenizer_names_unknown_symbols(tokenizer, text, named):
     with pytest.raises(ValueError, match=f"unknown symbol '{named}'"):
         tokenizer.encode(text)
-
-def test_tokenizer_refuses_spacing_it_cannot_keep(tokenizer):
-    with pytest.raises(ValueError, match="spacing"):
-        tokenizer.encode("red  is 7")
 
 def test_steps_end_at_line_breaks_and_at_the_last_token(tokenizer):
     text = "red is 3\n3 + 4 = 7\nanswer: 7"

@@ -323,17 +323,6 @@ def test_draw_takes_a_forced_token_and_says_how_likely_it_was():
     for i, T in enumerate((1.0, 2.0, 1.0)):                        # greedy: the policy's own, T = 1
         torch.testing.assert_close(log_probs[i], (logits[0] / T).log_softmax(0)[2])
 
-def test_sampler_refuses_bad_input(policy, prompts):
-    for temperature in (-1.0, math.nan):
-        for temperatures in (temperature, [0.5, temperature]):
-            with pytest.raises(ValueError, match=f"temperature .*{temperature}"):
-                sample(policy, prompts, Sampling(2, temperatures, 5, seed=0))
-    with pytest.raises(ValueError, match="empty prompt"):
-        sample(policy, [Prompt(prompts[0].image, [])], Sampling(1, 1.0, 5, seed=0))
-    for prefix in ([20] * 5, [20] * 6, [20, END]):
-        with pytest.raises(ValueError, match=f"prefix of {len(prefix)} tokens"):
-            sample(policy, prompts[:1], Sampling(1, 1.0, 5, seed=0), prefixes=[[prefix]])
-
 # ---------------------------------------------------------------- training
 
 def examples_of(prompts):
