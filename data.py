@@ -87,7 +87,7 @@ CORNERS = {
 SHAPES = tuple(CORNERS)
 
 def render(question, size=128):
-    """Draw a question's picture: (size, size, 3) uint8. `size` is a multiple of 64.
+    """Draw a question's picture: (size, size, 3) uint8. `size` is a multiple of 32.
 
     The canvas has 4 x 4 cells, each of 2 x 2 squares; a square is 8 units of size/64 pixels. Shapes
     and digits fill one square: what is learned about them in one kind of picture serves the others.

@@ -740,11 +740,9 @@ def check(cfg):
         fail("--data and --images go together, and --testbed with them")
     if cfg.policy != "scratch":
         try:
-            size = load_policy(cfg.policy, tokenizer_for(cfg.policy)).config.image_size
+            load_policy(cfg.policy, tokenizer_for(cfg.policy))
         except (OSError, ValueError) as error:
             fail(f"--policy: {error}; --method base --policy scratch makes one of ours")
-        if size % 64 and not cfg.data:                             # the canvas has 64 units
-            fail(f"--policy {cfg.policy}: reads pictures of {size} pixels, no multiple of 64")
     if Path(cfg.policy).is_file() and not cfg.data:
         # A base of ours was trained on pictures of its world, but for those of its tests. Tests
         # smaller than full size are the beginnings of the full ones, so they are unseen, too
