@@ -694,23 +694,19 @@ def parse(argv):
         folder = Path(typed.pop("resume"))
         return begun_with(folder, typed), folder
     preset = typed.get("preset", "gpu" if torch.cuda.is_available() else "cpu")
-    arms = typed.get("arms") or typed.get("method") or COMPARED    # comma-separated
-    names = arms.split(",")
+    names = (typed.get("arms") or typed.get("method") or COMPARED).split(",")
     method = typed.get("method") or names[-1]
-    if unknown := [arm for arm in (*names, method) if arm not in METHODS]:
+    names = list(dict.fromkeys([*names, method]))                  # each once
+    if unknown := [arm for arm in names if arm not in METHODS]:
         fail(f"{unknown[0]!r} is not a method; known: {', '.join(METHODS)}")
-    if len(set(names)) < len(names):
-        fail(f"--arms {arms}: one is there twice")
-    if method not in names:
-        fail(f"--arms {arms}: --method {method} must be among them")
     for arm in names:
         for name, value in METHODS[arm].items():
             # its row, or those of other arms, would bear a false name
-            if name in typed and (typed[name] != value or "," in arms):
+            if name in typed and (typed[name] != value or len(names) > 1):
                 fail(f"--{name} {typed[name]}: {arm} is made of --{name} {value}; leave the flag "
                      "out, or name other --arms")
-    cfg = Config(**{**PRESETS[preset], **METHODS[method], **typed, "preset": preset, "arms": arms,
-                    "method": method})
+    cfg = Config(**{**PRESETS[preset], **METHODS[method], **typed, "preset": preset,
+                    "arms": ",".join(names), "method": method})
     if "recipe" in typed and cfg.policy != "scratch":
         fail(f"--recipe {cfg.recipe}: makes a base; add --policy scratch")
     check(cfg)

@@ -445,7 +445,8 @@ def test_methods_and_presets_name_fields_that_are_there():
     (["--arms", "sft,prm"], "sft,prm", "prm", "top"),
     (["--method", "continuous", "--select", "random"], "continuous", "continuous", "random"),
     (["--arms", "continuous,prm", "--method", "continuous"], "continuous,prm", "continuous",
-     "all")])
+     "all"),
+    (["--arms", "prm,prm", "--method", "mstar"], "prm,mstar", "mstar", "top")])
 def test_what_is_run(flags, arms, method, select):
     """Everything by default, a method alone when it is named; what is typed is for all arms."""
     cfg = config(*flags)
@@ -470,8 +471,7 @@ def test_what_is_run(flags, arms, method, select):
     (["--micro_batch", "0"], "--micro_batch"), (["--evolve_lr", "-0.1"], "--evolve_lr"),
     (["--seed", "x"], "--seed"), (["--seed", "99999999999999999999999"], "--seed"),
     (["--policy", "nowhere.safetensors"], "nowhere"), (["--device", "abacus"], "--device"),
-    (["--arms", "prm", "--method", "mstar"], "--arms"), (["--arms", "mstar,magic"], "magic"),
-    (["--arms", "prm,prm"], "twice"),
+    (["--arms", "mstar,magic"], "magic"),
     (["--temperature", "0.7"], "mstar is made of --temperature adaptive"),
     (["--method", "top_4", "--keep_top", "3"], "top_4 is made of --keep_top 4"),
     # as it is, but not for the other arm, whichever is named last
