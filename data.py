@@ -21,8 +21,6 @@ import math
 import operator
 import random
 import re
-import signal
-import sys
 import textwrap
 import warnings
 import zlib
@@ -970,8 +968,4 @@ def main(argv=None):
         parser.exit(2, f"data.py: {flags.check or flags.preview}: {error}\n")
 
 if __name__ == "__main__":
-    # Ctrl-C, and a reader that has gone (`| head`), end it silently
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-    if hasattr(signal, "SIGPIPE"):
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
-    main(sys.argv[1:])
+    main()

@@ -15,7 +15,6 @@ Run:      python evaluate.py runs/NAME               (score a saved policy again
 """
 import argparse
 import math
-import os
 import re
 import sys
 from collections import Counter
@@ -434,15 +433,12 @@ def format_table(rows):
     return "\n".join(lines)
 
 def run_command(main):
-    """Run a command's main. Ctrl-C, and a reader that has gone (`| head -0`), end it silently."""
+    """Run a command's main. Ctrl-C ends it silently."""
     join_processes()                                               # if torchrun started several
     try:
         main()
-        sys.stdout.flush()
     except KeyboardInterrupt:
         sys.exit(130)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)               # for Python's own last flush
 
 @contextmanager
 def one_line_errors(program, advice, *bad_input):
@@ -452,8 +448,6 @@ def one_line_errors(program, advice, *bad_input):
     try:
         yield
         return
-    except BrokenPipeError:                                        # see run_command
-        raise
     except KeyboardInterrupt:                                      # Ctrl-C
         line, status = "stopped", 130
     except (MemoryError, RuntimeError) as error:                   # of a CPU, or of a GPU

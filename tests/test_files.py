@@ -369,13 +369,6 @@ def test_a_file_that_holds_no_records_is_one_line(content, file, images):
                           cwd=Path(data.__file__).parent, capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "train.json" in done.stderr
 
-def test_a_reader_that_has_gone_ends_it_silently(file, images):
-    done = subprocess.Popen([sys.executable, "data.py", "--check", file, "--images", images],
-                            cwd=Path(data.__file__).parent, stdout=subprocess.PIPE,
-                            stderr=subprocess.PIPE)
-    done.stdout.close()
-    assert done.stderr.read() == b"" and done.wait() != 0
-
 # ---------------------------------------------------------------- the loop
 
 SMALL = ["--preset", "test", "--labeled", "20", "--warmup_questions", "8",
