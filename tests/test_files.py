@@ -345,7 +345,7 @@ def test_what_is_no_picture_is_named(images, monkeypatch):
     for name in ("text.png", "half.png", "gone.png", "damaged.avif"):
         with pytest.raises(OSError, match=name):
             open_picture(images / name, images)
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)            # a bomb: 200 pixels, or more
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 99)             # a bomb: more than twice that
     with pytest.raises(OSError, match="2.png"):
         open_picture(images / "UniGeo/images/2.png", images)
 
