@@ -367,12 +367,9 @@ def interval(*groups, draws=2000):
     luck of a run is in results/tables.py, which sees several."""
     rng, drawn = np.random.default_rng(0), []
     for values in groups:
-        values, n, parts = np.asarray(values, float), len(values), []
-        at_once = max(1, 10**6 // n)                               # draws; all may take gigabytes
-        for i in range(0, draws, at_once):
-            picked = rng.integers(n, size=(min(at_once, draws - i), n))    # with replacement
-            parts.append(values[picked].mean(axis=1))
-        drawn.append(np.concatenate(parts))                        # (draws,)
+        values, n = np.asarray(values, float), len(values)
+        picked = rng.integers(n, size=(draws, n))                  # with replacement
+        drawn.append(values[picked].mean(axis=1))                  # (draws,)
     drawn = np.average(drawn, axis=0, weights=[len(values) for values in groups])      # (draws,)
     return np.percentile(drawn, [2.5, 97.5]).tolist()
 

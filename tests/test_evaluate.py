@@ -120,14 +120,6 @@ def test_interval_covers_as_promised():
         inside += low <= 0.3 <= high
     assert 0.90 <= inside / 200 <= 0.99
 
-def test_interval_of_many_questions_is_drawn_in_parts():
-    """As all draws at once, which may not fit into memory: 4,000 questions are drawn 250 at a time,
-    and the last part is a smaller one."""
-    values = np.random.default_rng(1).random(4000) < 0.3
-    picked = np.random.default_rng(0).integers(4000, size=(600, 4000))
-    expected = np.percentile(values[picked].mean(axis=1), [2.5, 97.5])
-    assert interval(values, draws=600) == pytest.approx(expected)
-
 def test_interval_is_of_the_mean_of_group_means():
     """Each group is resampled for itself; every question weighs the same."""
     assert interval(np.ones(5), np.zeros(20)) == [0.2, 0.2]
