@@ -395,15 +395,11 @@ def write_whole(path, data):
     if RANK:                                                       # the first process writes
         return barrier()
     part = Path(f"{path}.part")
-    try:
-        with open(part, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(path)
-    except OSError:
-        part.unlink(missing_ok=True)
-        raise
+    with open(part, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    part.replace(path)
     barrier()
 
 def write_json(path, content):
