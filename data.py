@@ -617,25 +617,19 @@ def read_world(file, images, testbed, sizes, seed=0, skip_missing=False):
         raise ValueError(f"{testbed}: not MathVista's testmini.json")
     if wrong and not skip_missing:
         raise ValueError(f"{file} {testbed}: {dict(wrong)}; leave them out by --skip_missing 1")
-    beds = {task: [] for task in TASKS}
-    tested = set()                                                 # checksums of its pictures
-    for question in tests:
-        if question.image in checksums:                            # its picture can be opened
-            beds[question.task].append(question)
-            tested.add(checksums[question.image])
-    if testbed and not tested:
+    questions = [q for q in questions if q.image in checksums]     # whose picture can be opened
+    tests = [q for q in tests if q.image in checksums]
+    if testbed and not tests:
         raise ValueError(f"{testbed}: none of its pictures can be opened")
-    elsewhere = tested | {None}                                    # None: cannot be opened
-    usable = [question for question in questions
-              if checksums.get(question.image) not in elsewhere]
+    tested = {checksums[q.image] for q in tests}
+    usable = [q for q in questions if checksums[q.image] not in tested]
     splits = split_by_picture(usable, checksums, sizes, seed)
     used = sum(map(len, splits.values()))
-    opened = [checksums[q.image] for q in questions if q.image in checksums]
-    on_testbed = sum(checksum in tested for checksum in opened)
-    print(f"data      {file}: {used:,} questions are used, {on_testbed:,} are on pictures of the "
-          f"testbed, {len(opened) - used - on_testbed:,} are more than asked for or on pictures "
+    print(f"data      {file}: {used:,} questions are used, {len(questions) - len(usable):,} are on "
+          f"pictures of the testbed, {len(usable) - used:,} are more than asked for or on pictures "
           f"of another split; wrong: {dict(wrong)}", flush=True)
-    splits |= beds
+    for task in TASKS:
+        splits[task] = [q for q in tests if q.task == task]
     for split, size in sizes.items():
         least = 1 if size == math.inf else size                    # inf: all that there are
         if len(splits[split]) < least and split not in (*TESTBEDS, "base"):
@@ -645,19 +639,17 @@ def read_world(file, images, testbed, sizes, seed=0, skip_missing=False):
 
 def split_by_picture(questions, checksums, sizes, seed):
     """{split: questions} for `read_world`: those whose ids name a split, then the others, in random
-    order, all of a picture together. ValueError: a picture in two named splits."""
+    order, all of a picture together."""
     splits = {split: [] for split in SPLITS}
-    split_of = {}                                                  # picture -> the named split
-    by_picture = defaultdict(list)                                 # of all other questions
+    named, by_picture = set(), defaultdict(list)                   # pictures; of other questions
     for question in questions:
         split, picture = question.id.partition("/")[0], checksums[question.image]
-        if split not in SPLITS:
-            by_picture[picture].append(question)
-        elif split_of.setdefault(picture, split) != split:
-            raise ValueError(f"{question.id}: its picture is in the split {split_of[picture]}, too")
-        else:
+        if split in SPLITS:
             splits[split].append(question)
-    pictures = sorted(by_picture.keys() - split_of)                # none of a named split's
+            named.add(picture)
+        else:
+            by_picture[picture].append(question)
+    pictures = sorted(by_picture.keys() - named)
     pictures = random.Random(f"{seed}/files").sample(pictures, len(pictures))
     for split in ("test", "validation"):
         while len(splits[split]) < sizes.get(split, 0) and pictures:
@@ -833,10 +825,8 @@ def check_file(file, images, testbed=""):
     questions, tests, checksums, wrong = read_files(file, images, testbed)
     kinds = Counter()
     for question in questions:
-        if re.fullmatch(r"-?\d+(\.\d+|/\d+)?", question.answer):
-            kinds["plain number"] += 1
-        else:
-            kinds["letter" if question.choices else "text"] += 1
+        is_number = re.fullmatch(r"-?\d+(\.\d+|/\d+)?", question.answer)
+        kinds["plain number" if is_number else "letter" if question.choices else "text"] += 1
     paths = {question.image for question in questions} & checksums.keys()
     pictures = {checksums[path] for path in paths}
     lines = [f"{len(questions):,} questions on {len(pictures):,} different pictures, "
