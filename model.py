@@ -377,15 +377,12 @@ def all_reduce(parameters, loss):
     """Make every gradient the sum of all processes'; returns the sum of their losses."""
     if PROCESSES == 1:
         return loss
-    tensors = [torch.tensor([loss]).to(parameters[0])]
-    for parameter in parameters:                                   # None: it had no part to do
-        tensors.append(torch.zeros_like(parameter) if parameter.grad is None else parameter.grad)
-    flat = nn.utils.parameters_to_vector(tensors)
-    distributed.all_reduce(flat)
-    nn.utils.vector_to_parameters(flat, tensors)
-    for parameter, gradient in zip(parameters, tensors[1:]):
-        parameter.grad = gradient
-    return tensors[0].item()
+    losses = torch.tensor(loss).to(parameters[0])
+    distributed.all_reduce(losses)
+    for p in parameters:                                           # None: it had no part to do
+        p.grad = torch.zeros_like(p) if p.grad is None else p.grad.contiguous()
+        distributed.all_reduce(p.grad)
+    return losses.item()
 
 # ---------------------------------------------------------------- files: whole or not at all
 
