@@ -207,13 +207,11 @@ def table(rng, pick, rows=3):
                for i, colour in enumerate(colours) for j, column in enumerate(columns)]
     r, s = rng.sample(colours, 2)
     c = rng.choice(columns)
-    any_three = rng.sample(list(facts), 3)     # drawn for every pick: all later draws depend on it
+    cells = rng.sample(list(facts), 3)         # drawn for every pick: all later draws depend on it
     if pick == "row":
         cells = [f"{r} {column}" for column in columns]
     elif pick == "column":
         cells = [f"{colour} {c}" for colour in colours]
-    else:
-        cells = any_three
     slots = dict(zip("abc", cells))
     return drawing, facts, slots, slots | {"r": c if pick == "column" else r}
 
@@ -498,12 +496,11 @@ def oracle(question, text):
 def oracle_of_steps(question, text, steps):
     """`oracle` for each of the steps into which a tokenizer cuts a text. One may hold empty lines,
     too (a token of public weights may be two line breaks): they are left out."""
-    lines, of_steps = list(zip(text.split("\n"), oracle(question, text))), []
+    lines, of_steps = zip(text.split("\n"), oracle(question, text)), []
     for step in steps:
-        number = max(1, step.count("\n"))                          # of its lines
-        verdicts = [is_true for line, is_true in lines[:number] if line] or [lines[0][1]]
+        own = list(itertools.islice(lines, max(1, step.count("\n"))))      # its lines
+        verdicts = [is_true for line, is_true in own if line] or [own[0][1]]
         of_steps.append(all(verdicts))
-        lines = lines[number:]
     return of_steps
 
 def sound(question, text):
@@ -925,9 +922,8 @@ def write_preview(path):
             pen.text((left, top), f"{name} / {question.template}", fill="black")
             reasoning = write_reasoning(question, random.Random(question.id))
             pen.text((left + 136, top + 14), reasoning, fill="black", spacing=1)
-            below = top + (176 if reasoning.count("\n") > 10 else 148)
             wrapped = "\n".join(textwrap.wrap(question.text, 44))
-            pen.text((left, below), wrapped, fill=(0, 60, 160))
+            pen.text((left, top + 176), wrapped, fill=(0, 60, 160))
     sheet.save(path)
 
 def main(argv=None):

@@ -124,8 +124,7 @@ class VisionTower(nn.Module):
     def forward(self, images):                                     # (B, size, size, 3) uint8
         # the patch convolution as one matrix product, in a third of its time on a CPU
         p = self.patch.kernel_size[0]
-        x = images.unflatten(1, (self.side, p)).unflatten(3, (self.side, p))
-        x = x.permute(0, 1, 3, 5, 2, 4)                            # (B, side, side, 3, p, p)
+        x = images.view(-1, self.side, p, self.side, p, 3).permute(0, 1, 3, 5, 2, 4)
         x = x.reshape(len(images), self.side ** 2, 3 * p * p)      # (B, P, 3 p^2)
         x = x.float().div_(127.5).sub_(1)                          # pixels in [-1, 1]
         x = F.linear(x, self.patch.weight.flatten(1), self.patch.bias) + self.position
