@@ -640,12 +640,9 @@ def arms_of(cfg):
 def check_identity(cfg, out, command, program, world, tokenizer):
     """Write config.json of a new run; exit 2 if the folder was begun with another configuration,
     vocabulary or world: what is saved there would mean something else."""
-    base = RECIPES[cfg.recipe]                                     # what a base is made by
-    if Path(cfg.policy).is_dir():                                  # public weights
-        files = sorted(Path(cfg.policy).glob("*.safetensors"))
-        base = [zlib.crc32(path.read_bytes()) for path in files]
-    elif cfg.policy != "scratch":
-        base = read_json(Path(cfg.policy).with_suffix(".json"))["weights"]             # a checksum
+    policy = Path(cfg.policy)                                      # a file, a folder, or scratch
+    files = sorted(policy.glob("*.safetensors")) or [policy] * policy.is_file()
+    base = RECIPES[cfg.recipe], [zlib.crc32(path.read_bytes()) for path in files]
     meaning = zlib.crc32(repr((tokenizer.symbols, base, world)).encode())
     identity = {**asdict(cfg), "program": program, "splits": cfg.splits, "world": meaning}
     path = out / "config.json"                                     # the first file of a run
