@@ -428,12 +428,9 @@ def format_table(rows):
     return "\n".join(lines)
 
 def run_command(main):
-    """Run a command's main. Ctrl-C ends it silently."""
-    join_processes()                                               # if torchrun started several
-    try:
-        main()
-    except KeyboardInterrupt:
-        sys.exit(130)
+    """Run a command's main, in each of the processes if torchrun started several."""
+    join_processes()
+    main()
 
 @contextmanager
 def one_line_errors(program, advice, *bad_input):

@@ -246,14 +246,6 @@ def test_no_progress_bar_without_stderr(policy, prompts, monkeypatch):
     texts, _ = sample_texts(policy, prompts, Sampling(1, 1.0, 4, seed=0), "title")
     assert len(texts) == len(prompts)
 
-def test_ctrl_c_ends_a_command_silently(capsys):
-    def main():
-        raise KeyboardInterrupt
-
-    with pytest.raises(SystemExit) as stop:
-        evaluate.run_command(main)
-    assert stop.value.code == 130 and capsys.readouterr() == ("", "")
-
 def test_shares_and_gains_as_text():
     assert percent(0.1234) == "12.3 %" and percent(0.0, "-") == "0.0 %"
     assert percent(None) == "not known" and percent(None, "-") == "-"
