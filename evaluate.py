@@ -124,14 +124,10 @@ def make_prompts(policy, questions, with_answer=False, direct=False):
     return prompts
 
 def sample_texts(policy, prompts, how, title, prefixes=None):
-    """`model.sample` behind a progress bar; its errors name the `title`. Returns (texts,
-    responses), both [question][rollout]."""
+    """`model.sample` behind a progress bar: (texts, responses), both [question][rollout]."""
     number = sum(map(len, prefixes)) if prefixes else len(prompts)  # beginnings, each continued
     with progress_bar(how.rollouts * number, title, " responses") as bar:
-        try:
-            responses = sample(policy, prompts, how, prefixes, progress=bar.update)
-        except FloatingPointError as error:
-            raise FloatingPointError(f"{title}: {error}") from error
+        responses = sample(policy, prompts, how, prefixes, progress=bar.update)
     texts = [list(map(policy.tokenizer.text_of, group)) for group in tokens_of(responses)]
     return texts, responses
 
