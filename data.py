@@ -568,8 +568,7 @@ def build_world(sizes, seed=0):
     """Make all splits: {name: list of Question}. `sizes`: {split: number of questions}. No two
     questions share a picture. Tests come first, each split from its own random stream: they stay
     the same whatever the sizes of the training splits, and smaller ones are parts of those of full
-    size, of which a base has seen no picture. ValueError names a split for which there are not
-    enough different pictures."""
+    size, of which a base has seen no picture. ValueError: too few different pictures."""
     seen, world = set(), {}                                        # drawings of all splits
     for split in SPLITS:
         rng = random.Random(f"{seed}/{split}")                     # its own stream
@@ -635,8 +634,7 @@ def read_world(file, images, testbed, sizes, seed=0, skip_missing=False):
     return {split: some for split, some in splits.items() if some}
 
 def split_by_picture(questions, checksums, sizes, seed):
-    """{split: questions} for `read_world`: those whose ids name a split, then the others, in random
-    order, all of a picture together."""
+    """{split: questions}: those whose ids name one, then the others by picture, in random order."""
     splits = {split: [] for split in SPLITS}
     named, by_picture = set(), defaultdict(list)                   # pictures; of other questions
     for question in questions:
@@ -680,8 +678,7 @@ def read_files(file, images, testbed=""):
 def read_questions(file, images):
     """The questions of a file, with pictures in the folder `images`: MathV360K's (a JSON list, or
     a record per line of a .jsonl) or MathVista's testmini.json (a dict). Returns (list of Question,
-    a Counter of what is wrong with the other records). Pictures are not opened. OSError; ValueError
-    names a file that is no JSON."""
+    a Counter of what is wrong with the other records). OSError; ValueError: it is no JSON."""
     try:
         text = Path(file).read_text(encoding="utf-8-sig")
         if Path(file).suffix == ".jsonl":                          # a record per line

@@ -90,8 +90,7 @@ def true_readings(questions, texts):
     return sum(verdicts) / len(verdicts) if verdicts else None
 
 def share_unsound(questions, responses):
-    """Share of [(question index, text)] that the oracle does not call sound. None if there are
-    none, or no oracle (questions from files)."""
+    """Share of [(question index, text)] not `sound`. None if there are none, or no oracle."""
     if not responses or not questions[0].facts:
         return None
     return sum(not sound(questions[i], text) for i, text in responses) / len(responses)
@@ -404,8 +403,7 @@ def percent(part, none="not known"):
     return none if part is None else f"{100 * part:.1f} %"
 
 def as_text(values):
-    """A number per question as one short text, "-" for None: as a list, JSON would give each a
-    line."""
+    """A number per question as one text, "-" for None: in a list, JSON would give each a line."""
     return " ".join("-" if value is None else f"{value:g}" for value in values)
 
 def points(gain):

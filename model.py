@@ -122,7 +122,7 @@ class VisionTower(nn.Module):
         self.project = nn.Linear(c.vision_width * c.shuffle ** 2, c.width, bias=False)
 
     def forward(self, images):                                     # (B, size, size, 3) uint8
-        # the patch convolution as one matrix product, in a third of its time on a CPU
+        # the patch convolution as one matrix product: faster on a CPU, by how much depends on it
         p = self.patch.kernel_size[0]
         x = images.view(-1, self.side, p, self.side, p, 3).permute(0, 1, 3, 5, 2, 4)
         x = x.reshape(len(images), self.side ** 2, 3 * p * p)      # (B, P, 3 p^2)
@@ -159,8 +159,7 @@ class Grouping(NamedTuple):
 
     def matmul(self, rows, matrices):
         """rows (B, G, H/G, X) times the matrix of each row's question, (N, G, X, Y)
-        -> (B, G, H/G, Y). All rows of a question in one product, which reads its matrix once: once
-        per row took 1.2 times as long at temperature 1."""
+        -> (B, G, H/G, Y): all rows of a question in one product, which reads its matrix once."""
         table = rows.new_zeros(*self.shape, *rows.shape[1:])       # (N, most, G, H/G, X)
         table[self.owner, self.rank] = rows
         product = table.transpose(1, 2).flatten(2, 3) @ matrices   # (N, G, most H/G, Y)
@@ -292,8 +291,7 @@ class Policy(nn.Module):
         the rows; row b continues pair owner[b]. Prompts and rows are padded on the right. With
         `keep_cache` also each layer's (keys, values), (B, G, I+P+T, D) each. A pair is read once
         for all its rows: attention is causal, so its keys and values depend on nothing behind it.
-        (With the prompt read again for each row, updates took 1.08, PRM scores 1.25 times as
-        long.)"""
+        """
         prefix = torch.cat([self.see(images), self.embed(prompts)], dim=1)             # (N, I+P, C)
         rows = self.embed(ids)                                                         # (B, T, C)
         S, T, device = prefix.shape[1], ids.shape[1], ids.device
@@ -837,8 +835,7 @@ def _branch(row, tokens, owner, suffix, t, vocabulary):
         (0, 9) moves to row 2, in which nobody is, with a copy of row 0's cache and owner.
         row afterwards          0  0  2  0  1  1          feed: 7 to row 0, 5 to row 1, 9 to row 2
     Rows in use are always 0 .. B-1: if row 3 goes on while rows 0 and 1 are done, it moves, too.
-    Exact, since each response draws with its own numbers. A row for each response would take 1.4
-    times as long at temperature 1, 2.8 for a sweep, 4.6 for step labels (cpu-speed-trials.json)."""
+    Exact, since each response draws with its own numbers. What it saves: results/README.md."""
     pairs, branch = torch.unique(row * vocabulary + tokens, return_inverse=True)
     parent, token = pairs // vocabulary, pairs % vocabulary        # (B,) each
     B = len(pairs)

@@ -468,8 +468,7 @@ class Run:
         return network
 
     def save(self, name, number, policy, optimizer, **about):
-        """Save what a training goes on from after round (or update) `number`, then delete the save
-        before it."""
+        """Save what a training goes on from after round (or update) `number`."""
         lines = [line for line in self.lines if line["arm"] == name]  # a resumed run needs them
         path = self.out / "checkpoint" / f"{name}-{number}.safetensors"
         save(path, policy, optimizer, number=number, lines=lines, **about)

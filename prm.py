@@ -189,8 +189,7 @@ def train_prm(cfg, pi_0, questions, labels):
 
 def score(prm, prompts, responses, rows=128):
     """f(s_i), the scores of every step: prompts (Q), responses [Q][L] of token lists -> [Q][L] of
-    lists of floats in [0, 1], one per step. Equal responses to a question are computed once, `rows`
-    of them at a time."""
+    lists of floats in [0, 1]. Equal responses are computed once, `rows` of them at a time."""
     distinct = {(q, tuple(tokens)) for q, group in enumerate(responses) for tokens in group}
     distinct = sorted(distinct, key=lambda pair: (len(pair[1]), *pair))  # less padding
     longest = len(distinct[-1][1]) if distinct else 1
@@ -333,8 +332,7 @@ def verify(question, texts, rewards, likely):
 
 def compare_top_2(question, texts, rewards, likely):
     """Figure 2b for one question: {name: number, or None}, see `audit`. (The paper compares the
-    Top-2 with the other correct responses, here they are compared with all: a smaller difference.)
-    """
+    Top-2 with the other correct responses; here it is with all: a smaller difference.)"""
     first = {}                                                     # text -> where it comes first
     for i, text in enumerate(texts):
         if grade(text, question) == "correct":
