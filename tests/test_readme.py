@@ -270,6 +270,18 @@ def test_how_rounds_go_on_is_what_was_measured():
         gain = np.subtract(graded_of[better][3:7], longer)
         assert points((gain.mean(), *run_intervals([gain]))).replace(" points", "") in text
 
+def test_what_is_said_of_the_main_table_is_what_was_measured():
+    graded_of, text = {}, READMES[1].read_text()                   # arm -> (seeds, questions)
+    for arm in read_json(RESULTS / "cpu-table4.json")["arms"]:
+        graded_of.setdefault(arm["arm"], []).append(correct_in(arm["row"]["graded"]["test"]))
+    section = text[text.index("## Table 4"):text.index("### Does the temperature")]
+    for better, worse in (("iterative_rft", "rest_em"), ("mstar", "mstar_pass_at_k")):
+        gains = np.subtract(graded_of[better], graded_of[worse]).mean(axis=1)
+        assert ", ".join(f"{100 * gain:+.1f}" for gain in gains) in section
+    for better, worse in (("iterative_rft", "rest_em"), ("mstar_pass_at_k", "prm")):
+        gain = np.subtract(graded_of[better], graded_of[worse])
+        assert points((gain.mean(), *run_intervals([gain]))).replace(" points", "") in section
+
 def test_what_seeds_can_find_is_what_was_measured():
     power = read_json(RESULTS / "cpu-power.json")
     text = READMES[1].read_text()
