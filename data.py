@@ -634,17 +634,20 @@ def read_world(file, images, testbed, sizes, seed=0, skip_missing=False):
     return {split: some for split, some in splits.items() if some}
 
 def split_by_picture(questions, checksums, sizes, seed):
-    """{split: questions}: those whose ids name one, then the others by picture, in random order."""
+    """{split: questions}: those whose ids name one, then the others by picture, in random order.
+    ValueError: a picture in two named splits."""
     splits = {split: [] for split in SPLITS}
-    named, by_picture = set(), defaultdict(list)                   # pictures; of other questions
+    split_of = {}                                                  # picture -> the named split
+    by_picture = defaultdict(list)                                 # of all other questions
     for question in questions:
         split, picture = question.id.partition("/")[0], checksums[question.image]
-        if split in SPLITS:
-            splits[split].append(question)
-            named.add(picture)
-        else:
+        if split not in SPLITS:
             by_picture[picture].append(question)
-    pictures = sorted(by_picture.keys() - named)
+        elif split_of.setdefault(picture, split) != split:
+            raise ValueError(f"{question.id}: its picture is in the split {split_of[picture]}, too")
+        else:
+            splits[split].append(question)
+    pictures = sorted(by_picture.keys() - split_of)                # none of a named split's
     pictures = random.Random(f"{seed}/files").sample(pictures, len(pictures))
     for split in ("test", "validation"):
         while len(splits[split]) < sizes.get(split, 0) and pictures:

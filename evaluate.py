@@ -83,7 +83,9 @@ def true_readings(questions, texts):
     """The share of true ones among the lines that read something off the picture; None if there is
     no such line, or for questions from files, whose pictures nobody has described."""
     verdicts = []
-    for question, text in zip(questions, texts) if questions[0].facts else ():
+    if not questions[0].facts:
+        return None
+    for question, text in zip(questions, texts):
         for line, is_true in zip(text.split("\n"), oracle(question, text)):
             if READING.fullmatch(line):
                 verdicts.append(is_true)

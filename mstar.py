@@ -58,7 +58,7 @@ class Config:
     """Every value that a run depends on. Each field is a flag; typed ones replace the preset's."""
     out: str = setting("", "folder of the run; empty: runs/PRESET-METHOD-seedN, a number if taken")
     preset: str = setting("cpu", "sizes; gpu where CUDA is found")
-    method: str = setting("mstar", "the main method; typed without --arms it runs alone")
+    method: str = setting("mstar", "the main method, one of --arms; without them it runs alone")
     arms: str = setting("", "methods to compare, comma-separated, from one pi_0 and one PRM; "
                         "empty: --method alone, or if that is not typed, the main job's four")
     seed: int = setting(0, "of weights, order of the data, sampling", 0)
@@ -468,7 +468,8 @@ class Run:
         return network
 
     def save(self, name, number, policy, optimizer, **about):
-        """Save what a training goes on from after round (or update) `number`."""
+        """Save what a training goes on from after round (or update) `number`, then delete the save
+        before it."""
         lines = [line for line in self.lines if line["arm"] == name]  # a resumed run needs them
         path = self.out / "checkpoint" / f"{name}-{number}.safetensors"
         save(path, policy, optimizer, number=number, lines=lines, **about)

@@ -291,6 +291,10 @@ def test_no_picture_of_a_named_split_is_in_another(sixty):
     world = read_world(sixty / "named.json", sixty, "", SIZES)
     assert world["test"][0].id == "test/7"
     assert sum(q.image.endswith("/7.png") for split in SIZES for q in world[split]) == 1
+    records[37]["id"] = "labeled/37"
+    (sixty / "named.json").write_text(json.dumps(records))
+    with pytest.raises(ValueError, match="labeled/37.*test"):
+        read_world(sixty / "named.json", sixty, "", SIZES)
 
 def test_all_questions_of_a_file_are_a_test(sixty):
     world = read_world(sixty / "sixty.json", sixty, "", {"test": math.inf})
