@@ -247,9 +247,10 @@ def run_intervals(groups, luck=None, levels=(0.95,), draws=4000):
     array (runs, questions), the same questions in each run.
 
     Questions are resampled. Runs, by seed, are too few for that: of two, resampling gives one alone
-    half of the time. So each draw adds the luck of the runs: a Student t number times a standard
-    error. luck: (standard error, degrees of freedom), by default from the spread of the runs' own
-    means; with one run it is unknown and left out."""
+    half of the time. So to each draw the luck of the runs is added, 100 times (the tails of few
+    runs need so many): a Student t number times a standard error. luck: (standard error, degrees of
+    freedom), by default from the spread of the runs' own means; with one run it is unknown and left
+    out."""
     rng, runs, means = np.random.default_rng(0), len(groups[0]), []
     if runs > 1:
         run_means = np.mean([values.mean(axis=1) for values in groups], axis=0)
@@ -269,7 +270,7 @@ def run_intervals(groups, luck=None, levels=(0.95,), draws=4000):
         means.append(values.mean(axis=0)[picked].mean(axis=1))     # (draws,)
     means = np.mean(means, axis=0)
     if runs > 1:
-        means = means + error * rng.standard_t(freedom, draws)
+        means = np.repeat(means, 100) + error * rng.standard_t(freedom, 100 * draws)
     edges = []
     for level in levels:
         edges += np.percentile(means, [50 - 50 * level, 50 + 50 * level]).tolist()
