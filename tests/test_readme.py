@@ -315,6 +315,9 @@ def test_what_seeds_can_find_is_what_was_measured():
                 number = sum(some.get(name, 0) for name in called)
                 expected.append(f"{100 * number / some['tables']:.0f}")
         assert cells == expected
+    looks = [f"{100 * power['looks'][seeds]:.0f}" for seeds in ("3 and 8", "3, 5, 7 and 8", "8")]
+    assert "in {} % of the cases, after 3, 5, 7 and 8 in {} %, in place of {} %".format(
+        *looks) in text
 
 def test_what_the_base_sees_is_what_was_measured():
     (row,) = read_json(RESULTS / "cpu-base.json")["rows"]
