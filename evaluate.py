@@ -439,11 +439,12 @@ def one_line_errors(program, advice, *bad_input):
     except KeyboardInterrupt:                                      # Ctrl-C
         line, status = "stopped", 130
     except (MemoryError, RuntimeError) as error:                   # of a CPU, or of a GPU
-        if isinstance(error, RuntimeError) and "allocate" not in str(error):
+        text = str(error).lower()              # "... tried to allocate", "CUBLAS_..._ALLOC_FAILED"
+        if isinstance(error, RuntimeError) and not re.search("alloc|out of memory", text):
             raise
         line, status = "out of memory", 2
-        advice = ("with mstar.py, begin again with a smaller --micro_batch (if in training) or "
-                  "--rollouts_per_question (if in sampling)")
+        advice = ("if in training, go on by mstar.py --resume with a smaller --micro_batch; if in "
+                  "sampling, begin again with a smaller --max_new_tokens")
     except FloatingPointError as error:                            # names the update
         line, status = str(error), 1
     except (OSError, *bad_input) as error:                         # a disk, or a file

@@ -205,7 +205,12 @@ class DecoderBlock(nn.Module):
         if past:
             k = torch.cat([past[0], k], dim=2)                     # (B, G, S, D)
             v = torch.cat([past[1], v], dim=2)
-        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
+        # Each key/value head stands once for each of its query heads (a copy only where H > G). By
+        # enable_gqa and with a mask, a GPU would take its slowest kernel, which keeps all scores
+        shape = -1, -1, self.heads // self.kv_heads, -1, -1
+        keys = k[:, :, None].expand(shape).flatten(1, 2)           # (B, H, S, D)
+        values = v[:, :, None].expand(shape).flatten(1, 2)
+        attended = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask)
         return self.finish(x, attended), k, v
 
     def decode(self, x, cos, sin, prefix, suffix, grouping):
@@ -531,6 +536,7 @@ def backward(policy, examples, micro_batch, pool):
         batch_loss += loss
         for parameter, gradient in zip(parameters, gradients):
             parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
+        del gradients, gradient                                    # the next part needs the memory
     return all_reduce(parameters, batch_loss)
 
 def progress_bar(total, title, unit):
@@ -571,7 +577,8 @@ def _padded(lists, value, dtype=torch.long):
 def batches(examples, batch_size, rng, together=1):
     """Endless batches (lists of Example), every example once per pass. Up to `together` of one
     image are neighbours: it is read once for them. Such groups are sorted by length within windows
-    of two batches: less padding, and a batch still mixes task types."""
+    of two batches: less padding, and a batch still mixes task types. The last batch of a pass may
+    be smaller, and is an update like the others."""
     examples_of_image = defaultdict(list)
     for example in examples:
         examples_of_image[id(example.image)].append(example)

@@ -45,7 +45,7 @@ from prm import (RewardModel, StepLabels, audit, label_steps, pseudo_answered, r
                  response_rewards, top_k, train_prm)
 from results.report import make_report, print_line, print_report, write_page, write_samples
 from weights.base import RECIPES, train_base
-from weights.public import load_policy, tokenizer_for
+from weights.public import is_public, load_policy, tokenizer_for
 
 GRID = tuple(round(0.3 + 0.1 * i, 1) for i in range(14))           # a sweep's T: 0.3 .. 1.6
 
@@ -298,7 +298,8 @@ def questions_for_iteration(cfg, world, iteration):
     n = cfg.questions_per_iteration
     joined = 0
     if cfg.unlabeled != "none":                # iterations with unlabeled ones, this one included
-        joined = max(0, iteration - round(cfg.mix_in * cfg.iterations))
+        before = min(round(cfg.mix_in * cfg.iterations), cfg.iterations - 1)
+        joined = max(0, iteration - before)
     # n = 4, joined at the second: labeled 0-3; 4-5 and unlabeled 0-1; 6-7 and unlabeled 2-3; ...
     num_unlabeled = n // 2 if joined else 0
     unlabeled_before = n // 2 * max(0, joined - 1)
@@ -652,10 +653,10 @@ def check_identity(cfg, out, command, program, world, tokenizer):
         before = read_json(path)                                   # as JSON gives it back
     except ValueError as error:
         fail(error)
-    # tables share a folder: there, what differs from arm to arm may differ
+    # micro_batch changes little; tables share a folder: there, what differs from arm to arm may
     free = ("arms", "method", "out", *SWITCHES) if program != "mstar" else ()
     for name, value in identity.items():
-        if name not in free and before.get(name) != value:
+        if name not in ("micro_batch", *free) and before.get(name) != value:
             fail(f"{out}: begun with another {name} ({before.get(name)}, now {value}); take a new "
                  "--out")
 
@@ -673,7 +674,8 @@ def parse(argv):
                                      usage="%(prog)s [--FLAG VALUE ...] | --resume runs/NAME",
                                      allow_abbrev=False, argument_default=argparse.SUPPRESS)
     parser.error = fail
-    parser.add_argument("--resume", metavar="runs/NAME", help="go on with a stopped run")
+    parser.add_argument("--resume", metavar="runs/NAME", help="go on with a stopped run; "
+                        "--micro_batch may be another, if memory ran out")
     for f in fields(Config):
         choices = {"method": METHODS, "preset": PRESETS}.get(f.name, f.metadata["choices"])
         listed = f" ({', '.join(choices)})" if choices else ""
@@ -723,6 +725,9 @@ def check(cfg):
              "as many different --prm_questions as asked for, or --evolve_questions")
     if cfg.data and cfg.policy == "scratch":
         fail("--data: a base from scratch learns our world; choose a --policy")
+    if cfg.preset != "test" and is_public(cfg.policy) != cfg.preset.startswith("smolvlm"):
+        fail(f"--preset {cfg.preset}, --policy {cfg.policy}: smolvlm and smolvlm-80gb are for a "
+             "folder with public weights, the others for ours, with much larger learning rates")
     if bool(cfg.data) != bool(cfg.images) or cfg.testbed and not cfg.data:
         fail("--data and --images go together, and --testbed with them")
     if cfg.policy != "scratch":
@@ -746,11 +751,11 @@ def check(cfg):
 
 def begun_with(folder, typed):
     """The Config of the run in a folder. Exits 2 if there is none that goes on by this command."""
-    if typed:
-        fail(f"--resume {folder}: a run goes on as it was begun, without --{next(iter(typed))}")
+    if other := sorted(typed.keys() - {"micro_batch"}):
+        fail(f"--resume {folder}: a run goes on as it was begun, without --{other[0]}")
     try:
         saved = read_json(folder / "config.json")
-        cfg = Config(**{f.name: saved[f.name] for f in fields(Config)})
+        cfg = Config(**{f.name: saved[f.name] for f in fields(Config)} | typed)
     except (OSError, ValueError, KeyError) as error:
         fail(f"--resume {folder}: no run of this version was begun there ({error})")
     if saved["program"] != "mstar":

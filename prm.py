@@ -130,7 +130,7 @@ class RewardModel(nn.Module):
             log_probs = log_probs.gather(2, tokens[..., None])                         # (B, T, 1)
             so_far = log_probs[..., 0].cumsum(dim=1)                                   # (B, T)
             read = torch.cat([expected, self.policy.embed(tokens), log_probs], dim=-1)
-        x, T = self.enter(read).float(), ids.shape[1]              # (B, T, C), not rounded to bf16
+        x, T = self.enter(read).float(), ids.shape[1]              # (B, T, C), summed up in fp32
         cos, sin = self.policy.rope(torch.arange(T, device=ids.device)[None])
         for block in self.blocks:
             x, _, _ = block(x, cos, sin, causal(T, ids.device))

@@ -366,7 +366,8 @@ def test_a_saved_policy_is_scored_again(policy, tmp_path, capsys):
     (FileNotFoundError(2, "No such file", "x.json"), 2, "x.json"),
     (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), 2, "--micro_batch"),
     (RuntimeError("DefaultCPUAllocator: can't allocate memory"), 2, "--micro_batch"),
-    (MemoryError(), 2, "--micro_batch"),
+    (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED"), 2, "--micro_batch"),
+    (RuntimeError("CUDA error: out of memory"), 2, "--micro_batch"), (MemoryError(), 2, "--resume"),
     (FloatingPointError("the loss of update 3 is not a finite number"), 1, "update 3")])
 def test_what_stops_a_program_from_outside_is_one_line(error, status, words, capsys):
     with pytest.raises(SystemExit) as stop, one_line_errors("prog.py", "what to do"):

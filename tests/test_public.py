@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 import evaluate
 import mstar
 import prm
+from data import Tokenizer
 from evaluate import make_prompts
 from model import ModelConfig, Policy, Sampling, sample, sample_without_cache
 from weights.public import PublicTokenizer, load_public, tokenizer_for
@@ -228,3 +229,19 @@ def test_every_stage_runs_from_public_weights(folder, tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         mstar.main([*flags, "--out", str(tmp_path / "other")])
     assert stop.value.code == 2 and capsys.readouterr().err.count("\n") == 1
+
+@pytest.mark.parametrize("preset", ["cpu", "few"])
+def test_public_weights_are_not_trained_at_the_rates_of_small_ones(preset, folder, capsys):
+    with pytest.raises(SystemExit) as stop:
+        mstar.parse(["--preset", preset, "--policy", str(folder)])
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and "smolvlm" in error and error.count("\n") == 1
+
+def test_what_is_a_folder_of_public_weights(folder, tmp_path, monkeypatch):
+    """Not `scratch`, even where a folder has that name; one that was moved is missed."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "scratch").mkdir()
+    assert type(tokenizer_for("scratch")) is type(tokenizer_for("pi_0.safetensors")) is Tokenizer
+    assert type(tokenizer_for(str(folder))) is PublicTokenizer
+    with pytest.raises(FileNotFoundError, match="moved/tokenizer.json"):
+        tokenizer_for("moved")

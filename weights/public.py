@@ -25,14 +25,18 @@ from model import ModelConfig, Policy, load_network
 
 def load_policy(path, tokenizer, device="cpu"):
     """The Policy that --policy names: a file of ours, or a folder with public weights."""
-    if Path(path).is_dir():
+    if is_public(path):
         return load_public(path, tokenizer).to(device)
     return load_network(path, tokenizer, device)
+
+def is_public(policy):
+    """Does --policy name a folder with public weights? (Else it is a file of ours, or scratch.)"""
+    return policy != "scratch" and Path(policy).suffix != ".safetensors"
 
 def tokenizer_for(policy):
     """The tokenizer of what --policy names: a folder with public weights, or else our world's.
     FileNotFoundError, ValueError: as of PublicTokenizer."""
-    if Path(policy).is_dir():
+    if is_public(policy):
         return PublicTokenizer(Path(policy) / "tokenizer.json")
     return Tokenizer()
 
