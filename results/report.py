@@ -4,13 +4,13 @@ results/report.py: what a run says: after an iteration, at its end, as a page.
 Read:     print_line -> make_report, print_report -> write_samples -> write_page
 Run:      python -m results.report runs/NAME      (make the page again, of an unfinished run, too)
 """
+import argparse
 import base64
 import hashlib
 import io
 import json
 import math
 import platform
-import sys
 from collections import Counter
 from dataclasses import asdict
 from html import escape
@@ -327,10 +327,10 @@ def html_response(r, times):
 
 def main():
     """Make the pages of the runs that are named."""
-    if len(sys.argv) < 2:
-        print("usage: python -m results.report runs/NAME ...", file=sys.stderr)
-        sys.exit(2)
-    for name in sys.argv[1:]:
+    parser = argparse.ArgumentParser(prog="python -m results.report", description=main.__doc__)
+    parser.add_argument("runs", metavar="runs/NAME", nargs="+", help="the folder of a run")
+    parser.error = lambda text: parser.exit(2, f"results.report: {text}; see --help\n")
+    for name in parser.parse_args().runs:
         with one_line_errors("results.report", f"{name}: no run", ValueError, KeyError, TypeError):
             print(f"wrote {write_page(name)}")
 

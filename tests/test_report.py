@@ -294,7 +294,7 @@ def test_the_command_without_a_folder_is_wrong_use(monkeypatch, capsys):
     with pytest.raises(SystemExit) as stop:
         run_command(monkeypatch)
     error = capsys.readouterr().err
-    assert stop.value.code == 2 and error.count("\n") == 1 and "usage" in error
+    assert stop.value.code == 2 and error.count("\n") == 1 and "runs/NAME" in error
 
 # ---------------------------------------------------------------- charts
 
