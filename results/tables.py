@@ -33,10 +33,6 @@ from results.report import line_chart, write_html
 PAPER = json.loads((Path(__file__).parent / "paper.json").read_text())
 TABLES, CLAIMS = PAPER["tables"], PAPER["claims"]
 SIZES = {"small": "-small", "medium": "", "large": "-large"}       # of Table 5: names of bases
-# Arms that have rounds in common: of each group only the first tells about the luck of runs
-SAME_ROUNDS = (("iterative_rft", "rest_em", "continuous_100"),
-               ("prm_watched", "mstar_watched", "mstar_pass_at_k"),
-               ("prm", "mstar", "mstar_pass_at_k", "vote_25", "vote_50", "vote_75"))
 
 # ---------------------------------------------------------------- running a table
 
@@ -119,8 +115,8 @@ def make_table(name, reports, command):
                          "iterations": lines, "updates": warmup + report["updates"].get(arm, 0),
                          "responses": sum(line.get("num_responses", 0) for line in lines)})
     claims = []
-    for number, words, effects, margin, luck in claims_of(name, arms, reports):
-        said, numbers = verdict(list(effects.values()), margin, luck)
+    for number, words, effects, margin in claims_of(name, arms, reports):
+        said, numbers = verdict(list(effects.values()), margin)
         sizes = [np.hstack(groups).shape[1] for groups in effects.values()]
         claims.append({"claim": number, "words": words, "verdict": said, "margin": margin,
                        "seeds": len({report["seed"] for report in reports}),
@@ -139,11 +135,10 @@ def make_table(name, reports, command):
 # ---------------------------------------------------------------- claims
 
 def claims_of(name, arms, reports):
-    """The claims of a table: [(number, words, {effect: groups}, margin, luck)], for `verdict`."""
+    """The claims of a table: [(number, words, {effect: groups}, margin)], for `verdict`."""
     rows, called = defaultdict(list), {arm["arm"]: arm["words"] for arm in arms}
     for arm in arms:
         rows[arm["size"], arm["arm"]].append(arm["row"])
-    luck = pooled_luck(rows)
 
     def gain(better, worse, split="test", size="medium"):          # (runs, questions)
         return np.array([correct_in(a["graded"][split]) - correct_in(b["graded"][split])
@@ -152,7 +147,7 @@ def claims_of(name, arms, reports):
     claims = []
     for claim in CLAIMS.get(name, []):
         effects = {f"{called[a]} over {called[b]}": [gain(a, b)] for a, b in claim["pairs"]}
-        claims.append((claim["claim"], claim["words"], effects, claim["margin"], luck))
+        claims.append((claim["claim"], claim["words"], effects, claim["margin"]))
     if name in ("main", "table4", "table5"):
         size = "large" if name == "table5" else "medium"
         tasks = np.array(reports[0]["tasks"].split())              # of each test question
@@ -162,14 +157,14 @@ def claims_of(name, arms, reports):
         beds = [split for split in row["graded"] if split != "test"]
         effects |= {bed: [gain("mstar", "pi_0", bed, size)] for bed in beds}
         words = f"M-STaR beats pi_0 in every task type and testbed ({size} policy)"
-        claims.append(("C10", words, effects, 0.0, None))
+        claims.append(("C10", words, effects, 0.0))
     if name == "table5":
         effects = {}
         for size in ("medium", "large") if beds else ():
             more = [gain("mstar", "pi_0", bed, size) - gain("mstar", "pi_0", bed, "small")
                     for bed in beds]
             effects[f"gain of {size} over gain of small"] = more
-        claims.append(("C10", "the smallest policy gains least out of domain", effects, 0.0, None))
+        claims.append(("C10", "the smallest policy gains least out of domain", effects, 0.0))
     if name == "main":                                             # and Figure 2, from the audits
         claims += figure_2_claims([report["audit"] for report in reports])
     if name == "dynamics":
@@ -195,11 +190,11 @@ def figure_2_claims(audits):
     known = {} if np.isnan(unsound).all() else {"all over Top-2": [np.nan_to_num(unsound)]}
     steps = [np.nan_to_num(of["steps_all"] - of["steps_top_2"])]
     return [("C5", "best-of-16 and weighted voting by the PRM do not beat majority voting (by more "
-             "than a point)", votes, 0.01, None),
+             "than a point)", votes, 0.01),
             ("C5", "and yet it re-ranks well: fewer of the Top-2 than of all correct responses are "
-             "unsound (share, per question)", known, 0.0, None),
+             "unsound (share, per question)", known, 0.0),
             ("C6", "the Top-2 have fewer steps than all correct responses (steps, per question)",
-             {"all over Top-2": steps}, 0.0, None)]
+             {"all over Top-2": steps}, 0.0)]
 
 def dynamics_claims(runs):
     """C8, of runs (lists of iterations) of one arm that was watched at every temperature."""
@@ -224,7 +219,7 @@ def dynamics_claims(runs):
                    2 * middle - first["reward"] - last["reward"],
                "pass@k changes for the better at T = 1.5, compared with 0.5 (the paper: it falls "
                "more slowly)": rise["1.5"] - rise["0.5"]}
-    return [("C8", words, {"effect": [effect]}, 0.0, None) for words, effect in effects.items()]
+    return [("C8", words, {"effect": [effect]}, 0.0) for words, effect in effects.items()]
 
 def figure_5_claim(fixed, adaptive):
     """C9 on validation questions, on which T is chosen, of two arms' runs (lists of iterations)."""
@@ -238,27 +233,26 @@ def figure_5_claim(fixed, adaptive):
     passes, rewards = np.swapaxes(higher, 0, 1)                    # (runs, questions) each
     words = ("Pass@K and Reward-Pass@2 stay higher with an adaptive T than with T = 1 (Figure 5, "
              "means over iterations)")
-    return "C9", words, {"Pass@K": [passes], "Reward-Pass@2": [rewards]}, 0.0, None
+    return "C9", words, {"Pass@K": [passes], "Reward-Pass@2": [rewards]}, 0.0
 
 # ---------------------------------------------------------------- intervals over questions and runs
 
-def run_intervals(groups, luck=None, levels=(0.95,), draws=4000):
+def run_intervals(groups, levels=(0.95,), draws=4000):
     """[low, high] of the mean of group means, one after the other for several levels. A group is an
     array (runs, questions), the same questions in each run.
 
     Questions are resampled. Runs, by seed, are too few for that: of two, resampling gives one alone
     half of the time. So to each draw the luck of the runs is added, 100 times (the tails of few
-    runs need so many): a Student t number times a standard error. luck: (standard error, degrees of
-    freedom), by default from the spread of the runs' own means; with one run it is unknown and left
-    out."""
+    runs need so many): a Student t number times the standard error of the runs' own means. With one
+    run it is unknown and left out."""
     rng, runs, means = np.random.default_rng(0), len(groups[0]), []
     if runs > 1:
         run_means = np.mean([values.mean(axis=1) for values in groups], axis=0)
-        error, freedom = luck or (float(run_means.std(ddof=1)) / math.sqrt(runs), runs - 1)
+        error = float(run_means.std(ddof=1)) / math.sqrt(runs)
         # Runs answer single questions differently. That is in the resampled questions, and once
         # more in the spread of the runs' means, so it is taken off there, but not more than a
-        # quarter: of few runs this is known badly. (On made-up tables of 3 runs and no gain, 1 to
-        # 5.5 % of the intervals leave out 0, the more the more runs differ: cpu-power.json.)
+        # quarter: of few runs this is known badly. (On made-up tables without a gain, 1 to 5 % of
+        # the intervals leave out 0, the more the more runs differ: cpu-power.json.)
         twice = 0.0
         for values in groups:
             if values.shape[1] > 1:
@@ -270,7 +264,7 @@ def run_intervals(groups, luck=None, levels=(0.95,), draws=4000):
         means.append(values.mean(axis=0)[picked].mean(axis=1))     # (draws,)
     means = np.mean(means, axis=0)
     if runs > 1:
-        means = np.repeat(means, 100) + error * rng.standard_t(freedom, 100 * draws)
+        means = np.repeat(means, 100) + error * rng.standard_t(runs - 1, 100 * draws)
     edges = []
     for level in levels:
         edges += np.percentile(means, [50 - 50 * level, 50 + 50 * level]).tolist()
@@ -280,37 +274,12 @@ def residuals(table):
     """A table without what its rows and its columns have each (two-way analysis of variance)."""
     return table - table.mean(axis=1, keepdims=True) - table.mean(axis=0) + table.mean()
 
-def pooled_luck(rows):
-    """`luck_of_runs` of {(size, arm): rows, one per run}, of arms that share no rounds. None with
-    five runs or more: then each pair of arms tells its own."""
-    evolved = [key for key in rows if key[1] not in ("base", "pi_0", "sft")]
-    for group in SAME_ROUNDS:
-        for size in SIZES:                                         # keep the first that is there
-            there = [(size, arm) for arm in group if (size, arm) in evolved]
-            evolved = [key for key in evolved if key not in there[1:]]
-    accuracies = []                                                # (arms, runs)
-    for key in evolved:
-        accuracies.append([row["id"]["all"] for row in rows[key]])
-    return luck_of_runs(accuracies) if len(evolved) > 1 and len(accuracies[0]) < 5 else None
-
-def luck_of_runs(accuracies):
-    """(standard error, degrees of freedom) that a difference of two arms has because every run is
-    one of many possible, from accuracies (arms, runs): what is left when arm and seed are taken
-    out, pooled over arms that share no rounds, since one pair of arms says little about it. None
-    for a single run, or a single arm."""
-    arms, runs = np.shape(accuracies)
-    if runs < 2 or arms < 2:
-        return None
-    freedom = (arms - 1) * (runs - 1)
-    left = float((residuals(np.asarray(accuracies, float)) ** 2).sum())
-    return math.sqrt(2 * left / freedom / runs), freedom
-
-def verdict(effects, margin=0.0, luck=None):
+def verdict(effects, margin=0.0):
     """Does a claim hold, all of whose effects (lists of groups) should be above -margin? Returns
     (holds, fails or unresolved, [[effect, low, high]])."""
     numbers, corrected = [], []
     for groups in effects:
-        low, high, _, upper = run_intervals(groups, luck, (0.95, 1 - 0.05 / len(effects)))
+        low, high, _, upper = run_intervals(groups, (0.95, 1 - 0.05 / len(effects)))
         numbers.append([float(np.mean([values.mean() for values in groups])), low, high])
         corrected.append(upper)                                    # Bonferroni
     if all(low > -margin for _, low, _ in numbers):

@@ -289,6 +289,39 @@ def test_how_rounds_go_on_is_what_was_measured():
         gain = np.subtract(better, worse)
         assert points((gain.mean(), *run_intervals([gain]))) in text
 
+def test_what_is_said_of_unlabeled_questions_is_what_was_measured():
+    text, graded_of, voted = READMES[1].read_text(), {}, {}        # arm -> one for each seed
+    section = text[text.index("## Table 3"):text.index("## Table 4")]
+    for arm in read_json(RESULTS / "cpu-table3.json")["arms"]:
+        graded_of.setdefault(arm["arm"], []).append(arm["row"]["graded"])
+        true = [line["pseudo_answers_true"] for line in arm["iterations"]
+                if line.get("num_unlabeled")]
+        voted.setdefault(arm["arm"], []).append(true)
+
+    def gain(better, worse, splits):
+        pairs = list(zip(graded_of[better], graded_of[worse]))
+        return [np.array([correct_in(a[split]) - correct_in(b[split]) for a, b in pairs])
+                for split in splits]
+
+    for better, worse, splits in (
+            ("true_answers", "continuous", ["test"]), ("true_answers", "continuous", TESTBEDS),
+            ("true_answers_prm", "prm", ["test"]), ("true_answers_prm", "prm", TESTBEDS),
+            ("true_answers_prm", "vote_0", ["test"]), ("vote_75", "vote_0", ["test"]),
+            ("vote_25", "vote_0", ["test"]), ("vote_50", "vote_25", ["test"]),
+            ("vote_75", "vote_50", ["test"])):
+        groups = gain(better, worse, splits)
+        assert points((np.mean(groups), *run_intervals(groups))) in section
+    by_seed = 100 * gain("true_answers", "continuous", ["test"])[0].mean(axis=1)
+    assert f"by seed {', '.join(f'{one:+.1f}' for one in by_seed)})" in section
+    for arm in ("vote_0", "vote_25", "vote_50", "vote_75"):
+        harm = 100 * gain("prm", arm, ["test"])[0].mean(axis=1)
+        assert f"{min(harm):.1f} to {max(harm):.1f}" in section
+    for arm in ("vote_0", "vote_75"):
+        shares = [100 * mean(true) for true in voted[arm]]
+        assert f"{min(shares):.1f} to {max(shares):.1f} %" in section
+    first, last = (mean(100 * true[i] for true in voted["vote_0"]) for i in (0, -1))
+    assert f"{first:.0f} % are true in the first round and {last:.0f} % in the last" in section
+
 def test_what_is_said_of_the_main_table_is_what_was_measured():
     graded_of, text = {}, READMES[1].read_text()                   # arm -> (seeds, questions)
     for arm in read_json(RESULTS / "cpu-table4.json")["arms"]:
@@ -308,11 +341,11 @@ def test_what_seeds_can_find_is_what_was_measured():
     for points_of_luck, cells in shown.items():
         expected = []
         for runs in (3, 5, 8):
-            tables_of = power["power"] + power["false"] if runs == 3 else power["own_luck"]
             for gain, called in ((0.025, ("holds",)), (0, ("holds", "fails"))):
-                (some,) = [one for one in tables_of if one["runs"] == runs and one["gain"] == gain
-                           and one["luck_of_a_run"] == int(points_of_luck) / 100]
-                number = sum(some.get(name, 0) for name in called)
+                (some,) = [one for one in power["tables"] if one["runs"] == runs and
+                           one["luck_of_a_run"] == int(points_of_luck) / 100 and
+                           one["gain"] == gain]
+                number = sum(some[name] for name in called)
                 expected.append(f"{100 * number / some['tables']:.0f}")
         assert cells == expected
     looks = [f"{100 * power['looks'][seeds]:.0f}" for seeds in ("3 and 8", "3, 5, 7 and 8", "8")]
