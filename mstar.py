@@ -725,6 +725,7 @@ def check(cfg):
              "as many different --prm_questions as asked for, or --evolve_questions")
     if cfg.data and cfg.policy == "scratch":
         fail("--data: a base from scratch learns our world; choose a --policy")
+    # (a run of `test` learns nothing, at whatever rate)
     if cfg.preset != "test" and is_public(cfg.policy) != cfg.preset.startswith("smolvlm"):
         fail(f"--preset {cfg.preset}, --policy {cfg.policy}: smolvlm and smolvlm-80gb are for a "
              "folder with public weights, the others for ours, with much larger learning rates")

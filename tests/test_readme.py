@@ -412,7 +412,8 @@ def test_verdicts_on_the_paper_s_claims_are_those_of_the_committed_results():
         for words in beginnings:
             (said,) = [said for (stem, claim), said in verdicts.items()
                        if file in stem and claim.startswith(words)]
-            assert re.search(rf"\| {said}( there)? \|$", line), line
+            there = " there" if (file, said) == ("few", "holds") else ""   # a setting chosen for it
+            assert line.endswith(f"| {said}{there} |"), line
 
 def test_the_prm_against_the_oracle_is_what_was_measured():
     text = READMES[1].read_text()
