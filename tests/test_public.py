@@ -201,8 +201,11 @@ def test_what_does_not_fit_is_named(folder, tokenizer):
         (folder / "config.json").write_text(json.dumps(changed))
         with pytest.raises(ValueError, match=f"{folder}.*{words}"):
             load_public(folder, tokenizer)
-    weights.unlink()
     (folder / "config.json").write_text(json.dumps(about))
+    weights.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 513028808\n")
+    with pytest.raises(ValueError, match="model.safetensors is only a pointer: run `git lfs pull`"):
+        load_public(folder, tokenizer)
+    weights.unlink()
     with pytest.raises(FileNotFoundError):
         load_public(folder, tokenizer)
 

@@ -68,6 +68,8 @@ def load_public(folder, tokenizer):
             files = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
         theirs = {}
         for file in files:
+            if (folder / file).stat().st_size < 1000:              # cloned without git-lfs
+                raise ValueError(f"{file} is only a pointer: run `git lfs pull` in this folder")
             theirs |= load_file(folder / file)
         theirs.pop("decoder.rotary_embd.inv_freq", None)           # no weight
         if family == "nanovlm":                                    # tied, kept by either name
