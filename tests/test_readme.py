@@ -26,6 +26,11 @@ def points(gain):
     gain, low, high = (100 * number for number in gain)
     return f"{gain:+.1f} [{low:+.1f}, {high:+.1f}]"
 
+def from_to(gains):
+    """The smallest and the largest gain of a run, of (runs, questions)."""
+    by_run = 100 * gains.mean(axis=1)
+    return f"from {by_run.min():+.1f} to {by_run.max():+.1f}"
+
 def first_table(text):
     """The rows of the first Markdown table, without its head: {first cell: the other cells}."""
     lines = re.search(r"(?:^\|.*\n)+", text, re.MULTILINE)[0].splitlines()
@@ -46,16 +51,21 @@ def graded(name, split):
     """(runs, questions) 1.0 where a row of the main job is correct."""
     return np.array([correct_in(row["graded"][split]) for row in rows_of(name)])
 
-def test_the_result_table_is_the_mean_of_the_committed_runs():
+def test_the_result_table_is_what_the_committed_runs_measured():
     assert MAIN["seeds"] == list(range(len(MAIN["seeds"])))
     expected = {}
     for name in ("base", *OTHERS, MINE):
-        rows = rows_of(name)
+        rows, gains = rows_of(name), []
         assert len(rows) == len(MAIN["seeds"])
-        expected[name] = [f"{100 * mean(row[where]['all'] for row in rows):.1f}"
-                          for where in ("id", "ood")]
+        for splits in (["test"], TESTBEDS):
+            groups = [graded(MINE, split) - graded(name, split) for split in splits]
+            gains.append(points((np.mean(groups), *run_intervals(groups))))
+        levels = [f"{100 * mean(row[where]['all'] for row in rows):.1f}" for where in ("id", "ood")]
+        expected[name] = levels + (["", ""] if name == MINE else gains)
     text = READMES[0].read_text()
     assert first_table(text[text.index("## What came out"):]) == expected
+    gain = graded("+ PRM re-rank", "test") - graded("continuous", "test")
+    assert f"by {points((gain.mean(), *run_intervals([gain])))} points, and on two" in text
 
 def test_the_last_lines_of_the_main_job_are_those_of_the_committed_run():
     gains = read_json(RESULTS / "cpu-mstar-seed0.json")["gain_over"]
@@ -63,16 +73,6 @@ def test_the_last_lines_of_the_main_job_are_those_of_the_committed_run():
     for name in ("continuous", "+ PRM re-rank", "pi_0 (warm-up)"):
         gain = evaluate.points(gains[name]["id"])
         assert f"M-STaR over {name}, in domain: {gain}\n" in text
-
-def test_gains_are_those_of_the_committed_runs_over_questions_and_seeds():
-    text = READMES[0].read_text()
-    gains = first_table(text[text.index("| points, with 95 % intervals"):])
-    assert {f"{MINE} over {name}" for name in OTHERS} <= gains.keys()
-    for pair, cells in gains.items():
-        better, worse = pair.split(" over ")
-        for splits, cell in zip((["test"], TESTBEDS), cells, strict=True):
-            groups = [graded(better, split) - graded(worse, split) for split in splits]
-            assert cell == points((np.mean(groups), *run_intervals(groups)))
 
 def test_accuracies_by_template_are_those_of_the_committed_runs():
     world = build_world({"test": 750})                             # the same, whatever comes after
@@ -103,7 +103,7 @@ def test_accuracies_by_template_are_those_of_the_committed_runs():
 def test_what_is_unsound_is_what_was_measured():
     arms = read_json(RESULTS / "cpu-templates.json")["why_unsound"]["arms"].values()
     text = READMES[1].read_text()
-    shown = first_table(text[text.index("What is unsound in the correct ones"):])
+    shown = first_table(text[text.index("Why correct responses are unsound"):])
     names = ("unsound", "wrong colour", "differences the wrong way round",
              "number not written before", "none of these")
     for name, cells in zip(names, shown.values()):
@@ -163,11 +163,11 @@ def test_what_chooses_is_what_was_measured():
         [row["unsound"] for row in rows])]
     assert len(rows) == 8 and ("ends at {} % on the test and {} % out of domain, and {} % of its "
                                "correct answers are unsound").format(*levels) in text
-    words = {"R_p": "prm", "likelihood": "likelihood", "chance": "random_2", "one": "top_1",
-             "four": "top_4", "all": "continuous"}
+    arm_of = {"Top-2": "prm", "the two likeliest": "likelihood", "Random-2": "random_2",
+              "Top-1": "top_1", "Top-4": "top_4", "all correct": "continuous"}
     shown = first_table(text)
     for pair, cells in shown.items():
-        better, worse = (words[word] for word in pair.split(" over "))
+        better, worse = (arm_of[name] for name in pair.split(" over "))
         (gain,) = gain_of_choice(better, worse)
         beds = gain_of_choice(better, worse, TESTBEDS)
         assert cells == [points((gain.mean(), *run_intervals([gain]))),
@@ -186,9 +186,9 @@ def test_what_chooses_is_what_was_measured():
     steps = ("prm", "continuous"), ("random_2", "continuous"), ("likelihood", "random_2")
     whole, by_number, by_likelihood = (f"{100 * gain_of_choice(*pair)[0].mean():.1f}"
                                        for pair in steps)
-    assert (f"the {whole} points of Top-2 over all correct (eight other runs), two responses by "
-            f"chance give {by_number}, the two that pi_0 finds likeliest {by_likelihood} more, and "
-            f"R_p the last {shown['R_p over likelihood'][0][1:]}") in READMES[0].read_text()
+    assert (f"Top-2 is {whole} points over all correct responses: two by chance give {by_number} "
+            f"of them, the two that pi_0 finds likeliest {by_likelihood} more, and R_p the last "
+            f"{shown['Top-2 over the two likeliest'][0][1:]}") in READMES[0].read_text()
 
 def gain_of_temperature(splits=("test",)):
     """M-STaR over T = 1, (runs, questions) for each split: the main job's runs, eight others."""
@@ -204,10 +204,10 @@ def test_eight_more_runs_of_mstar_are_what_was_measured():
     text = READMES[1].read_text()
     (gain,), beds = gain_of_temperature(), gain_of_temperature(TESTBEDS)
     assert len(gain) == 16
-    for groups in ([gain], beds, [gain[8:]], [bed[8:] for bed in beds], [gain[11:]]):
+    for groups in ([gain], beds, [gain[8:]], [gain[11:]]):
         assert points((np.mean(groups), *run_intervals(groups))) in text
-    assert ", ".join(f"{100 * one:+.1f}" for one in gain[8:].mean(axis=1)) in text
-    shown = f"by {points((gain.mean(), *run_intervals([gain])))} points (sixteen runs)"
+    assert f"by seed {from_to(gain[8:])}" in text
+    shown = f"by {points((gain.mean(), *run_intervals([gain])))} points"
     assert shown in READMES[0].read_text()
 
 def test_what_the_oracle_filter_does_is_what_was_measured():
@@ -258,8 +258,8 @@ def test_how_rounds_go_on_is_what_was_measured():
     graded_of, text = {}, READMES[1].read_text()                   # arm -> (seeds, questions)
     for arm in read_json(RESULTS / "cpu-table1.json")["arms"]:
         graded_of.setdefault(arm["arm"], []).append(correct_in(arm["row"]["graded"]["test"]))
-    gains = np.subtract(graded_of["iterative_rft"], graded_of["rest_em"]).mean(axis=1)
-    assert ", ".join(f"{100 * gain:+.1f}" for gain in gains) in text
+    gain = np.subtract(graded_of["iterative_rft"], graded_of["rest_em"])
+    assert f"on each seed, by {from_to(gain)[5:]} points" in text
     for interval in ("50", "25", "12.5", "6.25"):
         gain = np.subtract(graded_of[f"continuous_{interval}"], graded_of["continuous_100"])
         assert points((gain.mean(), *run_intervals([gain]))) in text
@@ -290,8 +290,7 @@ def test_what_is_said_of_unlabeled_questions_is_what_was_measured():
             ("true_answers_prm", "vote_0", ["test"])):
         groups = gain(better, worse, splits)
         assert points((np.mean(groups), *run_intervals(groups))) in section
-    by_seed = 100 * gain("true_answers", "continuous", ["test"])[0].mean(axis=1)
-    assert f"by seed {', '.join(f'{one:+.1f}' for one in by_seed)})" in section
+    assert f"by seed {from_to(gain('true_answers', 'continuous', ['test'])[0])})" in section
     first, last = (mean(100 * true[i] for true in voted["vote_0"]) for i in (0, -1))
     assert f"{first:.0f} % are true in the first round and {last:.0f} % in the last" in section
 
@@ -300,12 +299,13 @@ def test_what_is_said_of_the_main_table_is_what_was_measured():
     for arm in read_json(RESULTS / "cpu-table4.json")["arms"]:
         graded_of.setdefault(arm["arm"], []).append(correct_in(arm["row"]["graded"]["test"]))
     section = text[text.index("## Table 4"):text.index("### Does the temperature")]
-    for better, worse in (("iterative_rft", "rest_em"), ("mstar", "mstar_pass_at_k")):
-        gains = np.subtract(graded_of[better], graded_of[worse]).mean(axis=1)
-        assert ", ".join(f"{100 * gain:+.1f}" for gain in gains) in section
-    for better, worse in (("iterative_rft", "rest_em"), ("mstar_pass_at_k", "prm")):
-        gain = np.subtract(graded_of[better], graded_of[worse])
-        assert points((gain.mean(), *run_intervals([gain]))).replace(" points", "") in section
+    restarting = np.subtract(graded_of["iterative_rft"], graded_of["rest_em"])
+    by_pass_at_k = np.subtract(graded_of["mstar_pass_at_k"], graded_of["prm"])
+    for gain in (restarting, by_pass_at_k):
+        assert points((gain.mean(), *run_intervals([gain]))) in section
+    assert f"on each seed ({from_to(restarting)[5:]})" in section
+    gain = np.subtract(graded_of["mstar"], graded_of["mstar_pass_at_k"])
+    assert f"by {from_to(gain)[5:]} points, by seed" in section
 
 def test_what_seeds_can_find_is_what_was_measured():
     power = read_json(RESULTS / "cpu-power.json")
@@ -344,7 +344,7 @@ def test_what_few_questions_do_is_what_was_measured():
         accuracies.setdefault(arm["arm"], []).append(arm["row"]["id"]["all"])
     for other in ("prm_watched", "mstar_pass_at_k"):
         gains = np.subtract(accuracies["mstar_watched"], accuracies[other])
-        assert "(" + ", ".join(f"{100 * gain:+.1f}" for gain in gains) in text
+        assert f"{from_to(gains[:, None])[5:]}" in text
     rises = []                                                     # of T, from first to last rounds
     for arm in result["arms"]:
         if arm["arm"] == "mstar_watched":
