@@ -102,7 +102,7 @@ def render(question, size=128):
         background = tuple(chance.integers(225, 256, 3).tolist())
         ink = tuple(chance.integers(0, 70, 3).tolist())
         hollow = bool(chance.random() < 0.5)                       # only outlines
-    canvas = Image.new("RGB", (2 * size, 2 * size), background)    # then reduced: even edges
+    canvas = Image.new("RGB", (2 * size, 2 * size), background)    # then reduced: smooth edges
     _paint(ImageDraw.Draw(canvas), question.drawing, size // 32, colours, ink, hollow)
     canvas = canvas.reduce(2)
     if question.look == "layout":
@@ -170,12 +170,12 @@ def chart(rng, extreme=False, columns=4):
         slots["e"] = rng.choice(["highest", "lowest"])
     return drawing, facts, slots, slots
 
-def rectangles(rng, longest=4, columns=8):
+def rectangles(rng, widest=4, columns=8):
     """Two rectangles on the ground: widths a and b, heights h and k."""
     drawing, facts = [], {}
     pair = rng.sample(list(COLOURS), 2)                            # two colours
     for colour, x in zip(pair, rng.sample((0, columns // 2), 2)):
-        width, height = rng.randint(1, longest), rng.randint(2, 7)
+        width, height = rng.randint(1, widest), rng.randint(2, 7)
         drawing.append(("rect", x, 8 - height, width, height, colour))
         facts |= {f"{colour} width": width, f"{colour} height": height}
     slots = dict(zip("ahbk", facts))           # width a and height h of one, b and k of the other
@@ -205,9 +205,9 @@ def table(rng, pick, rows=3):
     facts = {f"{colour} {column}": rng.randint(1, 9) for colour in colours for column in columns}
     drawing = [("cell", first + i, j, colour, facts[f"{colour} {column}"])
                for i, colour in enumerate(colours) for j, column in enumerate(columns)]
-    r, s = rng.sample(colours, 2)
+    r, _ = rng.sample(colours, 2)              # two: all later draws depend on it
     c = rng.choice(columns)
-    cells = rng.sample(list(facts), 3)         # drawn for every pick: all later draws depend on it
+    cells = rng.sample(list(facts), 3)         # drawn for every pick, as well
     if pick == "row":
         cells = [f"{r} {column}" for column in columns]
     elif pick == "column":
@@ -217,8 +217,8 @@ def table(rng, pick, rows=3):
 
 def groups(rng, colours, pick, rows=range(4)):
     """Groups of one to four equal shapes, each group in a cell. colours: how many groups each
-    colour has. a, b, ... are groups, which a wording calls by their shape: with pick "shape" any of
-    them, with "in" those in the first colour, which a wording calls x."""
+    colour has. a, b, ... are groups, which a wording calls by their shape: any of them (pick
+    "shape"), or those of the first colour, which a wording calls x (pick "colour")."""
     names = rng.sample(list(COLOURS), len(colours))
     group_colours = [name for name, times in zip(names, colours) for _ in range(times)]
     group_colours = rng.sample(group_colours, len(group_colours))
@@ -231,7 +231,7 @@ def groups(rng, colours, pick, rows=range(4)):
         corners = rng.sample([(0, 0), (0, 1), (1, 0), (1, 1)], count)
         drawing += [("shape", 2 * row + y, 2 * column + x, shape, colour) for y, x in corners]
         facts[f"{colour} {shape}"] = count
-    drawing.sort()  # so that equal pictures are equal
+    drawing.sort()                             # equal pictures have equal drawings
     named = [group for group in facts if pick == "shape" or group.startswith(names[0])]
     slots = dict(zip("abcd", rng.sample(named, len(named))))
     shape_names = {letter: group.split()[1] for letter, group in slots.items()}
@@ -336,8 +336,8 @@ IN_DOMAIN = (
              ("(a * b) + c", "c + (a * b)"), {}, (
         "multiply {a} by {b}, then add {c}.", "what is {a} times {b} plus {c}?",
         "find {a} times {b}, then add {c}.", "how much is {c} plus {a} times {b}?")),
-    Template("VQA", "colour_points", partial(groups, colours=(2, 1, 1), pick="in"), TWO_PRODUCTS,
-             {"n": DIGIT, "m": DIGIT}, (
+    Template("VQA", "colour_points", partial(groups, colours=(2, 1, 1), pick="colour"),
+             TWO_PRODUCTS, {"n": DIGIT, "m": DIGIT}, (
         "of the {x} shapes each {a} is {n} points and each other is {m}. "
         "how many points are there?",
         "find the points of the {x} shapes with {n} for each {a} and {m} for each other.",
@@ -356,6 +356,7 @@ IN_DOMAIN = (
         "take the points of {b} away from {a} with {n} for each {a} and {m} for each {b}.",
         "with {n} points for a {a} and {m} for a {b}, how many more is {a} than {b}?")),
 )
+
 def _variant(of, name, wording=0, **changes):
     """A template of the training with other fields, in one of its wordings."""
     template = next(template for template in IN_DOMAIN if template.name == of)
@@ -375,8 +376,8 @@ SIZE = (
 # Testbed `compose`: questions of the training about one of two scenes that are composed in one
 # picture, which training never does.
 TWO_BARS, CELLS = partial(chart, columns=2), partial(table, pick="cells")
-NARROW = partial(rectangles, longest=2, columns=4)
-TWO_GROUPS = partial(groups, colours=(2,), pick="in", rows=range(2))
+NARROW = partial(rectangles, widest=2, columns=4)
+TWO_GROUPS = partial(groups, colours=(2,), pick="colour", rows=range(2))
 ITEMS_RIGHT = partial(shop, items=2, columns=(2, 3))
 ITEMS_AT_EDGE = partial(shop, items=2, columns=(3,))
 ITEMS_BELOW = partial(shop, items=2, rows=(2, 3))
@@ -413,8 +414,8 @@ def work_out(node, value_of, operate):
 def answer_by(route, facts, slots):
     """The answer by a route, or None if a result on the way leaves 1 .. LARGEST."""
     def value_of(leaf):
-        subject = slots.get(leaf, leaf)                            # a constant is no letter
-        return facts.get(subject, subject)
+        subject = slots.get(leaf, leaf)                            # a fact's name, or a number
+        return facts.get(subject, subject)                         # a number is itself
 
     def operate(left, sign, right):
         result = OPERATIONS[sign](left, right) if left and right else 0
@@ -553,7 +554,7 @@ def _make(rng, template, id, look="plain", unseen_wording=False):
         for route in template.routes:
             if answer := answer_by(route, facts, slots):           # None: beyond 1 .. LARGEST
                 answers[route] = answer
-        if answers and len(set(numbers.values())) == len(numbers): # twice 3 would not tell a from b
+        if answers and len(set(numbers.values())) == len(numbers): # n = m would not tell a from b
             break
     wording = template.wordings[-1] if unseen_wording else rng.choice(template.wordings[:-1])
     text = wording.format(**names, **numbers)
@@ -567,12 +568,14 @@ SPLITS = (*FULL_SIZES, "labeled", "unlabeled", "base")
 def build_world(sizes, seed=0):
     """Make all splits: {name: list of Question}. `sizes`: {split: number of questions}. No two
     questions share a picture. Tests come first, each split from its own random stream: they stay
-    the same whatever the sizes of the training splits, and smaller ones are parts of those of full
-    size, of which a base has seen no picture. ValueError: too few different pictures."""
+    the same whatever the sizes of the training splits. Smaller tests are beginnings of the full
+    ones, whose pictures no base has seen. ValueError: too few different pictures."""
     seen, world = set(), {}                                        # drawings of all splits
     for split in SPLITS:
         rng = random.Random(f"{seed}/{split}")                     # its own stream
-        templates = {"size": SIZE, "compose": COMPOSE}.get(split, IN_DOMAIN)
+        templates = IN_DOMAIN
+        if split in ("size", "compose"):
+            templates = SIZE if split == "size" else COMPOSE
         look = split if split in ("style", "layout") else "plain"
         questions, tries = [], 0
         while len(questions) < max(sizes.get(split, 0), FULL_SIZES.get(split, 0)):
@@ -666,6 +669,7 @@ def read_files(file, images, testbed=""):
     def checksum(path):
         try:
             pixels = open_picture(path, images)
+            # the height, too: equal bytes may be of another shape
             return hashlib.sha256(b"%d %b" % (len(pixels), pixels.tobytes())).digest()
         except OSError as error:
             return str(error)
@@ -689,11 +693,12 @@ def read_questions(file, images):
         records = json.loads(text)                                 # an error names the line
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{file}: not JSON ({error})") from error
-    if not isinstance(records, dict | list):
-        raise ValueError(f"{file}: neither a list of records nor a dict of them")
-    is_mathvista = isinstance(records, dict)
+    if is_mathvista := isinstance(records, dict):
+        records = list(records.values())
+    if not isinstance(records, list) or is_mathvista and list in map(type, records):
+        raise ValueError(f"{file}: neither a list of records nor MathVista's dict of them")
     questions, faults = [], defaultdict(list)                      # fault -> numbers of records
-    for number, record in enumerate(records.values() if is_mathvista else records):
+    for number, record in enumerate(records):
         try:
             question = (_of_mathvista if is_mathvista else _of_mathv360k)(record, images)
             (question.text + question.image + question.answer).encode()    # no half of a character
@@ -794,7 +799,7 @@ def open_picture(path, images=None, size=None, longest=None):
     bits too bright. OSError: one that is missing, outside of `images`, broken, or too large."""
     try:
         if images and not Path(path).resolve().is_relative_to(Path(images).resolve()):
-            raise ValueError(f"outside of {images}")
+            raise ValueError(f"leads outside of {images} (by a link, or ..)")
         picture = Image.open(path).convert("RGBA")                 # bombs: Pillow's own limit
     except (OSError, ValueError, SyntaxError, RuntimeError, TypeError,    # of AVIF, of TIFF
             Image.DecompressionBombError) as error:
@@ -807,7 +812,7 @@ def open_picture(path, images=None, size=None, longest=None):
         shorter = max(2, shorter + shorter % 2)                    # even, as their processor does
         sides = (longest, shorter) if ratio >= 1 else (shorter, longest)
         picture = picture.resize(sides, Image.LANCZOS)
-    if size:                                                       # SmolVLM's way, or nanoVLM's
+    if size:                                   # LANCZOS: SmolVLM's way, BILINEAR: nanoVLM's
         picture = picture.resize((size, size), Image.LANCZOS if longest else Image.BILINEAR)
     return np.array(picture)
 
@@ -858,7 +863,7 @@ class Tokenizer:
         self.symbols = ["<pad>", "<bos>", "<sep>", "<eos>", "\n", *".,:?+-*=",
                         *map(str, range(LARGEST + 1)), *sorted(words)]
         self.ids = {symbol: i for i, symbol in enumerate(self.symbols)}  # the same, backwards
-        self.has_break = {self.ids["\n"]}                          # tokens that end a step
+        self.breaks = {self.ids["\n"]}                             # tokens that end a step
 
     def __len__(self):
         return len(self.symbols)
@@ -887,13 +892,13 @@ class Tokenizer:
         return [*self.encode(text), self.EOS]
 
     def text_of(self, tokens):
-        """The text of a response; if it was cut off at max_new_tokens, too: numbers are whole."""
+        """The text of a response; of one that was cut off, too: a number is one token, so whole."""
         return self.decode(tokens)
 
     def step_ends(self, tokens):
         """Where the steps of a response end: at its line breaks and its last token."""
         last = len(tokens) - 1
-        return [i for i, token in enumerate(tokens) if token in self.has_break or i == last]
+        return [i for i, token in enumerate(tokens) if token in self.breaks or i == last]
 
     def steps(self, tokens):
         """The texts of a response's steps."""
@@ -946,7 +951,8 @@ def main(argv=None):
             write_preview(flags.preview)
             print(f"wrote {flags.preview}")
     except (OSError, ValueError) as error:                         # a full disk, a folder's name
-        parser.exit(2, f"data.py: {flags.check or flags.preview}: {error}\n")
+        name = "" if flags.check else f"{flags.preview}: "         # errors of --check name the file
+        parser.exit(2, f"data.py: {name}{error}\n")
 
 if __name__ == "__main__":
     main()

@@ -108,7 +108,7 @@ def accuracies(columns, with_all=False):
     if with_all and columns:
         groups["all"] = list(columns.values())
     return ({column: float(np.concatenate(values).mean()) for column, values in groups.items()},
-            {column: interval(*values) for column, values in groups.items()})
+            {column: bootstrap_interval(*values) for column, values in groups.items()})
 
 def make_prompts(policy, questions, with_answer=False, direct=False):
     """Prompts of questions: the picture (one from a file: a function that opens it) and the
@@ -292,10 +292,10 @@ def explore(policy, questions, temperatures, how, reward=None):
     return looks
 
 def pass_metrics(look, L, ks):
-    """{metric: (Q,)} of a Look. pass_at_k: is any of all n responses correct. reward_pass_at_k, for
-    each of `ks`: the n are cut into groups of L, the number that a training question gets, and the
-    value is the mean over the groups (our choice: ranked among more than L, hotter sampling would
-    look better than it is to train on)."""
+    """{metric: (Q,)} of a Look. pass_at_k: is any of all n responses correct (here k = n).
+    reward_pass_at_k, for each of `ks`: the n are cut into groups of L, the number that a training
+    question gets (a rest is left out), and the value is the mean over the groups (our choice:
+    ranked among more than L, hotter sampling would look better than it is to train on)."""
     is_correct, n = look.is_correct, look.is_correct.shape[1]
     metrics = {"pass_at_1": is_correct.mean(axis=1),
                "pass_at_k": is_correct.any(axis=1).astype(float)}
@@ -355,7 +355,7 @@ def auc(good, scores):
     mean_rank = (times.cumsum() - (times - 1) / 2)[rank]           # 1 .. n + m; equals share it
     return float((mean_rank[good].sum() - n * (n + 1) / 2) / (n * m))
 
-def interval(*groups, draws=2000):
+def bootstrap_interval(*groups, draws=2000):
     """95 % interval [low, high] of the mean of all groups, by bootstrap: the questions of each
     group (questions,) are resampled. Of one policy's 0s and 1s: its accuracy. Of the differences of
     two policies on the same questions: a paired comparison. It is about these policies only; the
@@ -377,7 +377,8 @@ def paired_gain(row, other):
         groups = [correct_in(row["graded"][split]) - correct_in(other["graded"][split])
                   for split in splits]
         if groups:
-            gains[key] = [float(np.concatenate(groups).mean()), *interval(*groups)]
+            mean = float(np.concatenate(groups).mean())
+            gains[key] = [mean, *bootstrap_interval(*groups)]
     return gains
 
 # ---------------------------------------------------------------- results as text
@@ -483,7 +484,8 @@ def main(argv=None):
     if flags and not {"data", "images"} <= flags.keys():
         parser.error("--data and --images go together, and --testbed with them")
     bad_input = ValueError, KeyError, TypeError
-    with one_line_errors("evaluate.py", f"{' '.join(folders)}: not what runs leave", *bad_input):
+    advice = f"give folders of finished runs (not {' '.join(folders)}), of the same tests"
+    with one_line_errors("evaluate.py", advice, *bad_input):
         if len(folders) > 1:
             return print_comparison(*compare(folders))
         config = read_json(Path(folders[0]) / "config.json")

@@ -10,8 +10,9 @@ Departs:  sizes, and trained from scratch; one image per question, of one size, 
 Run:      python tests/bench.py runs/NAME      (how fast it is)
 
 Letters in shape comments: N distinct (image, prompt) pairs, B batch rows, P patches or (in the
-decoder) prompt tokens, I image tokens, T text tokens, S cached tokens, C width, H heads, G
-key/value heads, D = C / H, V vocabulary, Q questions, L responses per question, R = Q L responses.
+decoder) prompt tokens, I image tokens, T text tokens, S tokens that are attended to, C width,
+H heads, G key/value heads, D = C / H, V vocabulary, Q questions, L responses per question, R
+responses of a batch.
 """
 import hashlib
 import json
@@ -56,13 +57,13 @@ class ModelConfig:
     heads: int = 4
     kv_heads: int = 4             # fewer than heads: grouped-query attention
     rope_theta: float = 10_000.0
-    # of public weights
+    # what public weights need besides
     hidden: int = 0               # width inside the SwiGLU; 0: 8/3 of the width
     tied: bool = True             # the logits come from the embedding, read backwards
     lead: tuple = ()              # token ids that stand before every image
 
     def __post_init__(self):
-        object.__setattr__(self, "lead", tuple(self.lead))         # of JSON: a list
+        object.__setattr__(self, "lead", tuple(self.lead))         # JSON gives a list
         for f in fields(self):                 # public weights may leave a size out: None
             if type(value := getattr(self, f.name)) is not f.type:
                 raise ValueError(f"{f.name} {value!r}: must be of type {f.type.__name__}")
@@ -151,14 +152,14 @@ def causal(T, device):
     return torch.ones(T, T, dtype=torch.bool, device=device).tril()
 
 class Grouping(NamedTuple):
-    """Which question each row of a decode step belongs to."""
+    """The rows of a decode step by question, and their products with what it has once."""
     owner: torch.Tensor           # (B,) the number of each row's question
     rank: torch.Tensor            # (B,) the number of the row among its question's rows
     shape: tuple                  # N questions, and the most rows that one of them has
     bias: torch.Tensor            # (B, 1, 1, I+P) 0, or -inf on a prompt's padding
 
     def matmul(self, rows, matrices):
-        """rows (B, G, H/G, X) times the matrix of each row's question, (N, G, X, Y)
+        """rows (B, G, H/G, X) times the matrix of each row's question, (N, G, X, Y), of any X and Y
         -> (B, G, H/G, Y): all rows of a question in one product, which reads its matrix once."""
         table = rows.new_zeros(*self.shape, *rows.shape[1:])       # (N, most, G, H/G, X)
         table[self.owner, self.rank] = rows
@@ -249,8 +250,8 @@ class Policy(nn.Module):
             if parameter.dim() < 2 or name == "vision.position":
                 continue                                           # norms, biases, positions
             scale = 0.05 if "embed" in name else parameter[0].numel() ** -0.5
-            if name.endswith(("out.weight", "down.weight")):       # residual outputs start small:
-                scale = (2 * config.layers) ** -0.5 * scale        # their sum keeps its scale
+            if name.endswith(("out.weight", "down.weight")):       # residual outputs start small,
+                scale = (2 * config.layers) ** -0.5 * scale        # so that their sum keeps its
             nn.init.normal_(parameter, std=scale)
 
     @property
@@ -292,11 +293,11 @@ class Policy(nn.Module):
     def hidden(self, images, prompts, lengths, owner, ids, keep_cache=False):
         """Last hidden states (B, T, C) of rows of text, many of which share an image and a prompt.
 
-        images (N, size, size, 3), prompts (N, P) of lengths (N,): the distinct pairs. ids (B, T):
-        the rows; row b continues pair owner[b]. Prompts and rows are padded on the right. With
-        `keep_cache` also each layer's (keys, values), (B, G, I+P+T, D) each. A pair is read once
-        for all its rows: attention is causal, so its keys and values depend on nothing behind it.
-        """
+        images (N, size, size, 3), prompts (N, P) of lengths (N,): the distinct pairs, without the
+        last token of the prompt. ids (B, T): the rows, from that token on (it predicts the first
+        of the response); row b continues pair owner[b]. Prompts and rows are padded on the right.
+        With `keep_cache` also each layer's (keys, values), (B, G, I+P+T, D) each. A pair is read
+        once for all its rows: attention is causal, so that it depends on nothing behind it."""
         prefix = torch.cat([self.see(images), self.embed(prompts)], dim=1)             # (N, I+P, C)
         rows = self.embed(ids)                                                         # (B, T, C)
         S, T, device = prefix.shape[1], ids.shape[1], ids.device
@@ -381,7 +382,7 @@ def all_reduce(parameters, loss):
         return loss
     losses = torch.tensor(loss).to(parameters[0])
     distributed.all_reduce(losses)
-    for p in parameters:                                           # None: it had no part to do
+    for p in parameters:                       # None: this process had no part of the batch
         p.grad = torch.zeros_like(p) if p.grad is None else p.grad.contiguous()
         distributed.all_reduce(p.grad)
     return losses.item()
@@ -445,13 +446,15 @@ def load(path, network, optimizer=None):
         raise ValueError(f"{path}: damaged, or not of the JSON beside it")
     if about.get("vocabulary") != list(network.tokenizer.symbols):
         raise ValueError(f"{path}: made with another vocabulary, so its token ids mean other words")
-    state, tensors = {}, {}
+    of_network, of_optimizer = {}, {}
     for name, tensor in tensors_of_bytes(data).items():
-        kind = state if name.startswith("optimizer/") else tensors
-        kind[name.removeprefix("optimizer/")] = tensor
-    network.load_state_dict(tensors, assign=network.device.type == "meta")
+        if name.startswith("optimizer/"):
+            of_optimizer[name.removeprefix("optimizer/")] = tensor
+        else:
+            of_network[name] = tensor
+    network.load_state_dict(of_network, assign=network.device.type == "meta")
     if optimizer:
-        optimizer.load(state, about["updates"])
+        optimizer.load(of_optimizer, about["updates"])
     return about
 
 def load_network(path, tokenizer, device="cpu", kind=Policy):
@@ -494,16 +497,17 @@ class Example(NamedTuple):
     response: list
     labels: list = ()
 
-def fit(policy, optimizer, stream, updates, micro_batch, title):
-    """The training loop of every stage: an optimizer update for each of the next `updates` batches
-    (lists of Example) of `stream`. Returns the mean loss of the last 100. FloatingPointError names
-    an update whose loss or gradient is not a finite number; it is not made."""
+def fit(network, optimizer, stream, updates, micro_batch, title):
+    """The training loop of every stage, of a Policy or RewardModel: an optimizer update for each of
+    the next `updates` batches (lists of Example) of `stream`. Returns the mean loss of the last
+    100. FloatingPointError names an update whose loss or gradient is not a finite number; it is not
+    made."""
     losses = []
-    workers = WORKERS if policy.device.type == "cpu" else 1
+    workers = WORKERS if network.device.type == "cpu" else 1
     with ThreadPoolExecutor(workers) as pool, progress_bar(updates, title, " updates") as bar:
         for examples in islice(stream, updates):
-            loss = backward(policy, examples, micro_batch, pool)   # gradients are in .grad now
-            norm = nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
+            loss = backward(network, examples, micro_batch, pool)  # gradients are in .grad now
+            norm = nn.utils.clip_grad_norm_(network.parameters(), 1.0)
             if not math.isfinite(loss + norm.item()):
                 raise FloatingPointError(f"{title}: the loss or gradient of update "
                                          f"{optimizer.updates + 1} is not a finite number")
@@ -511,27 +515,27 @@ def fit(policy, optimizer, stream, updates, micro_batch, title):
             losses.append(loss)
             bar.set_postfix_str(f"loss {loss:.3f}", refresh=False)
             bar.update()
-    policy.zero_grad()                                             # frees the gradients' memory
+    network.zero_grad()                                            # frees the gradients' memory
     recent = losses[-100:]
     return sum(recent) / len(recent) if recent else None
 
-def backward(policy, examples, micro_batch, pool):
+def backward(network, examples, micro_batch, pool):
     """Put the gradient of a batch's mean loss into .grad; returns the loss. `micro_batch` rows go
     through at once, one part after another or on the threads of a CPU; processes share the parts.
     Each part counts by its share of the tokens, so the sum is the whole batch's."""
-    parameters = [p for p in policy.parameters() if p.requires_grad]
+    parameters = [p for p in network.parameters() if p.requires_grad]
     total = sum(len(example.response) for example in examples)
     parts = [examples[i:i + micro_batch] for i in range(0, len(examples), micro_batch)]
 
     def gradient_of(part):                     # .backward() would add to one .grad in any order
-        batch = [tensor.to(policy.device) for tensor in collate(part)]
+        batch = [tensor.to(network.device) for tensor in collate(part)]
         share_of_batch = sum(len(example.response) for example in part) / total
-        with precision(policy.device):
-            loss = policy.loss(*batch) * share_of_batch
+        with precision(network.device):
+            loss = network.loss(*batch) * share_of_batch
         return loss.item(), torch.autograd.grad(loss, parameters)
 
     batch_loss = 0.0
-    policy.zero_grad()
+    network.zero_grad()
     for loss, gradients in pool.map(gradient_of, my_part(parts)):  # in the order of the parts
         batch_loss += loss
         for parameter, gradient in zip(parameters, gradients):
@@ -554,7 +558,8 @@ def collate(examples):
         labels = [_padded([example.labels for example in examples], -1.0, torch.float)]
     pairs = [(id(example.image), *example.prompt) for example in examples]     # image by identity
     example_of = dict(zip(pairs, examples))                        # of each distinct pair, in order
-    distinct, number = example_of.values(), {pair: i for i, pair in enumerate(example_of)}
+    distinct = example_of.values()
+    index_of = {pair: i for i, pair in enumerate(example_of)}
     images = [example.image for example in distinct]
     if any(map(callable, images)):             # in files: opened side by side, each takes long
         with ThreadPoolExecutor() as pool:
@@ -562,7 +567,7 @@ def collate(examples):
     return (torch.stack(images),
             _padded([example.prompt[:-1] for example in distinct], 0),
             torch.tensor([len(example.prompt) - 1 for example in distinct]),
-            torch.tensor([number[pair] for pair in pairs]),
+            torch.tensor([index_of[pair] for pair in pairs]),
             _padded([[example.prompt[-1], *example.response[:-1]] for example in examples], 0),
             _padded([example.response for example in examples], -1), *labels)
 
@@ -602,12 +607,12 @@ def batches(examples, batch_size, rng, together=1):
         for start in rng.sample(starts, len(starts)):
             yield in_order[start:start + batch_size]
 
-def adamw(policy, parameters, lr):
+def adamw(parameters, lr):
     """torch's AdamW, without weight decay for norms and biases."""
     parameters = list(parameters)
     groups = [{"params": [p for p in parameters if p.dim() > 1], "weight_decay": 0.05},
               {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0}]
-    fused = policy.device.type in ("cuda", "cpu")
+    fused = parameters[0].device.type in ("cuda", "cpu")
     return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.98), fused=fused)
 
 class Optimizer:
@@ -615,10 +620,10 @@ class Optimizer:
     rounds of continuous self-evolving. The schedule: a linear start, then constant, or with
     `decay_over` a cosine to a tenth over so many updates."""
 
-    def __init__(self, parts, lr_warmup_updates, decay_over=0):
-        self.parts, self.updates = parts, 0
+    def __init__(self, optimizers, lr_warmup_updates, decay_over=0):
+        self.optimizers, self.updates = optimizers, 0
         self.lr_warmup_updates, self.decay_over = lr_warmup_updates, decay_over
-        self.full_lr = [part.param_groups[0]["lr"] for part in parts]
+        self.full_lr = [one.param_groups[0]["lr"] for one in optimizers]
 
     def step(self):
         """One update, from the gradients in .grad."""
@@ -626,31 +631,31 @@ class Optimizer:
         if self.decay_over:
             progress = min(1.0, self.updates / self.decay_over)
             factor *= 0.55 + 0.45 * math.cos(math.pi * progress)
-        for part, lr in zip(self.parts, self.full_lr):
-            for group in part.param_groups:
+        for one, lr in zip(self.optimizers, self.full_lr):
+            for group in one.param_groups:
                 group["lr"] = lr * factor
-            part.step()
+            one.step()
         self.updates += 1
 
     def tensors(self):
-        """Its state for a file: {"part/parameter/name": tensor}."""
+        """Its state for a file: {"optimizer/parameter/name": tensor}."""
         tensors = {}
-        for i, part in enumerate(self.parts):
-            for number, state in part.state_dict()["state"].items():
+        for i, one in enumerate(self.optimizers):
+            for number, state in one.state_dict()["state"].items():
                 for name, tensor in state.items():
                     tensors[f"{i}/{number}/{name}"] = tensor
         return tensors
 
     def load(self, tensors, updates):
         """Put back what `tensors` gave after so many `updates`."""
-        states = [defaultdict(dict) for _ in self.parts]
+        states = [defaultdict(dict) for _ in self.optimizers]
         for key, tensor in tensors.items():
-            part, number, name = key.split("/")
-            states[int(part)][int(number)][name] = tensor
+            i, number, name = key.split("/")
+            states[int(i)][int(number)][name] = tensor
         self.updates = updates
-        for part, state in zip(self.parts, states):
-            groups = part.state_dict()["param_groups"]             # step() sets their lr
-            part.load_state_dict({"state": state, "param_groups": groups})
+        for one, state in zip(self.optimizers, states):
+            groups = one.state_dict()["param_groups"]              # step() sets their lr
+            one.load_state_dict({"state": state, "param_groups": groups})
 
 # ---------------------------------------------------------------- sampler
 
@@ -733,7 +738,7 @@ def sample(policy, prompts, how, prefixes=None, rows=None, progress=None):
             line[:len(prefix)] = torch.tensor(prefix, dtype=torch.long)
 
     def run(batch):                                # tables with one line per response
-        some = [parts[i] for i in batch]
+        some = [pieces[i] for i in batch]
         with precision(policy.device):
             return _sample_batch(
                 policy, [prompts[q] for q, _ in some], [L * len(table) for _, table in some],
@@ -742,47 +747,54 @@ def sample(policy, prompts, how, prefixes=None, rows=None, progress=None):
                 torch.cat([table.repeat_interleave(L, dim=0) for _, table in some]),   # (R, T)
                 progress)
 
-    counts = [L * len(table) for table in forced]
-    rows = rows or _rows_at_once(policy, counts, T)
+    rows = rows or _rows_at_once(policy, [L * len(table) for table in forced], T)
     most = max(1, rows // L)                       # prefixes of one question that go in at once
-    parts = [(q, part) for q, table in enumerate(forced) for part in table.split(most)]
-    cut = _batches([prompts[q] for q, _ in parts], [L * len(t) for _, t in parts], rows)
+    pieces = []                                    # (question, some of its prefixes)
+    for q, table in enumerate(forced):
+        pieces += [(q, piece) for piece in table.split(most)]
+    cut = _batches([prompts[q] for q, _ in pieces], [L * len(t) for _, t in pieces], rows)
     responses = [[] for _ in prompts]
     with ThreadPoolExecutor(WORKERS if policy.device.type == "cpu" else 1) as pool:
         for batch, groups in zip(cut, gather(list(pool.map(run, my_part(cut))))):
             for i, group in zip(batch, groups):
-                responses[parts[i][0]] += group    # in order: `_batches` sorts stably
+                responses[pieces[i][0]] += group   # in order: `_batches` sorts stably
     return responses
 
 def _rows_at_once(policy, counts, T):
     """How many responses go into one batch, the same in every process. counts: responses of each
     question. On a CPU at most 1024, and at most a quarter of all, so that four cores have work (not
-    by the number of cores: results must not depend on it). On a GPU a process's whole share, if
-    half of the free memory holds it (not measured yet): there a decode step of many rows takes
-    hardly longer than one of few."""
-    if policy.device.type not in ("cpu", "cuda"):                  # a Mac's does not say
-        return 4096
+    by the number of cores: results must not depend on it). On a GPU (not measured yet) a process's
+    whole share, if half of the free memory holds it: there a decode step of many rows takes hardly
+    longer than one of few."""
     c = policy.config
+    # a prompt is taken to be as long as a response
     cache = 2 * c.layers * c.kv_heads * (c.width // c.heads) * (policy.image_tokens + 2 * T)
-    row = 4 * (cache + 6 * c.vocabulary)                           # logits, and what draw makes
+    logits = 6 * c.vocabulary                                      # and what `draw` makes of them
+    # a vision block keeps 14 numbers per patch and channel, once for all rows of a question
+    image = 14 * policy.vision.side ** 2 * c.vision_width * len(counts) / max(1, sum(counts))
+    row = math.ceil(4 * (cache + logits + image))                  # bytes
     if policy.device.type == "cpu":                                # 4 GB for each worker at most
         return max(1, min(1024, math.ceil(sum(counts) / 4), 2**32 // row))
-    free, _ = torch.cuda.mem_get_info()                            # bytes
-    free += torch.cuda.memory_reserved() - torch.cuda.memory_allocated()   # kept by torch, unused
-    share = math.ceil(sum(counts) / PROCESSES) + max(counts, default=0)    # of whole questions
+    if policy.device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info()
+        free += torch.cuda.memory_reserved() - torch.cuda.memory_allocated()   # torch's, unused
+    else:                                                          # a Mac's
+        free = torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
+    share = math.ceil(sum(counts) / PROCESSES) + max(counts, default=0)    # no question is cut
     return broadcast(min(max(1, free // 2 // row), share))
 
 def _batches(prompts, counts, rows):
-    """Prompts, with counts of responses, in batches of at most `rows`, like lengths together."""
+    """Indices of prompts, in batches of at most `rows` responses, like lengths together. counts:
+    responses of each prompt."""
     batches, size = [], 0
-    for q in sorted(range(len(prompts)), key=lambda q: len(prompts[q].ids)):
-        if counts[q] == 0:
+    for i in sorted(range(len(prompts)), key=lambda i: len(prompts[i].ids)):
+        if counts[i] == 0:
             continue
-        if not batches or size + counts[q] > rows:
+        if not batches or size + counts[i] > rows:
             batches.append([])
             size = 0
-        batches[-1].append(q)
-        size += counts[q]
+        batches[-1].append(i)
+        size += counts[i]
     return batches
 
 @torch.no_grad()       # not inference_mode: under it, autocast would cast all weights at every step
@@ -875,11 +887,11 @@ def _responses(history, counts, end):
 
 def _prefill(policy, prompts):
     """Read each image and prompt once: logits of the first token (N, V), lengths (N,), and the
-    cache, in which the last token of a prompt stands behind the padding."""
-    # [0], a response of one token, is never read: `ids` of such a row is the prompt's last token
+    cache (here P counts the last token of a prompt, too, which stands behind the padding)."""
+    # [0], a response of one token, is never read: such a row is the prompt's last token
     batch = collate([Example(*prompt, [0]) for prompt in prompts])
-    images, ids, lengths, owner, last, _ = [part.to(policy.device) for part in batch]
-    hidden, cache = policy.hidden(images, ids, lengths, owner, last, keep_cache=True)
+    images, beginnings, lengths, owner, ids, _ = [tensor.to(policy.device) for tensor in batch]
+    hidden, cache = policy.hidden(images, beginnings, lengths, owner, ids, keep_cache=True)
     return policy.logits(hidden[:, 0]), lengths[owner] + 1 + policy.image_tokens, cache
 
 def _decode(policy, tokens, owner, start, t, prefix, suffix):

@@ -5,7 +5,7 @@ Paper (arXiv 2412.17451v3, "Diving into Self-Evolving Training for Multimodal Re
     then rounds of generate (sample L responses per question) and improve (keep those the reward
     accepts, SFT on them), with weights, optimizer and schedule carried from round to round:
     "Continuous Self-Evolving". M-STaR adds a process reward model (prm.py) to the filter and
-    chooses the sampling temperature by what that model finds (choose_temperature).
+    chooses the sampling temperature by Reward-Pass@K (choose_temperature).
 Read:     Config, METHODS -> self_evolve (the paper's algorithm) -> what it calls -> the stages
           before it (warm-up, direct SFT) -> a run and its folder -> command line
 Departs:  the base is our own, of 0.8 M parameters (weights/base.py), the paper's a pretrained LMM;
@@ -35,9 +35,9 @@ import numpy as np
 import torch
 
 from data import FULL_SIZES, TESTBEDS, world_of
-from evaluate import (as_text, auc, best_temperature, describe_round, evaluate_policy, explore,
-                      interval, make_prompts, means, one_line_errors, pass_metrics, percent,
-                      run_command, sample_texts, share_unsound, unique_correct)
+from evaluate import (as_text, auc, best_temperature, bootstrap_interval, describe_round,
+                      evaluate_policy, explore, make_prompts, means, one_line_errors, pass_metrics,
+                      percent, run_command, sample_texts, share_unsound, unique_correct)
 from model import (RANK, WORKERS, Example, Optimizer, Policy, Sampling, adamw, available_devices,
                    barrier, batches, broadcast, fit, has_bf16, load, load_network, read_json, save,
                    seed_for, write_json, write_whole)
@@ -109,7 +109,7 @@ class Config:
                             choices=("reward_pass_at_k", "pass_at_k"))
     sweep_every: int = setting(2, "iterations from one sweep of T to the next (paper: 2, but with "
                                "larger rounds)")
-    watches: int = setting(0, "validations at every T of a sweep, evenly spaced, besides pi_0's", 0)
+    watches: int = setting(0, "looks at every T of a sweep, evenly spaced, and one at pi_0", 0)
     epochs: float = setting(2.0, "times each question is asked (rounded to whole rounds)", 1e-9)
     rollouts_per_question: int = setting(8, "L; the paper: 16", most=1000)
     evolve_updates: int = setting(1600, "of all iterations, equal for every method (paper: 10,000)")
@@ -117,9 +117,9 @@ class Config:
     # everywhere
     batch_size: int = setting(32, "examples per update (paper: 128)")
     micro_batch: int = setting(16, "examples of a batch at once; fewer need less memory, and let "
-                               "more cores share a batch")
+                               "more cores share a batch (the PRM compares responses in one part)")
     lr_warmup_updates: int = setting(20, "linear start of every schedule")
-    validations: int = setting(8, "how often a policy is validated, evenly spaced, and pi_0")
+    validations: int = setting(8, "validations, evenly spaced, and one of pi_0")
     monitor_rollouts: int = setting(16, "n of pass@k on validation", most=1000)
     max_new_tokens: int = setting(64, "longest response; true texts have up to 48", most=1000)
 
@@ -144,9 +144,9 @@ class Config:
 
     def due(self, iteration, times):
         """Is one of `times` looks at the policy, spread evenly over the iterations, due after this
-        one? The last always has one. So has iteration 0, as one more, if there are any."""
+        one? There is always one after the last, and, if times > 0, one more at iteration 0."""
         done = iteration * times // self.iterations
-        before = (iteration - 1) * times // self.iterations        # at iteration 0: -1 or less
+        before = (iteration - 1) * times // self.iterations        # below 0 at iteration 0
         return done > before
 
     @property
@@ -162,7 +162,7 @@ METHODS = {
     "sft": {},                                                     # direct answers; its own stage
     # Table 1: how one goes on from round to round, and how large a round is
     "iterative_rft": {"interval": 1.0, "optimizer": "reset"},
-    # (its policy has in it the updates of the last round alone)
+    # (the policy of rest_em keeps the updates of its last round alone)
     "rest_em": {"interval": 1.0, "optimizer": "reset", "start_from": "pi_0"},
     "continuous_100": {"interval": 1.0},
     "continuous_50": {"interval": 0.5},
@@ -226,7 +226,7 @@ def self_evolve(cfg, pi_0, prm, world, run):
     goes on from."""
     policy, optimizer, temperature, first = start_or_resume(cfg, pi_0, prm, world, run)
     for iteration in range(first, cfg.iterations + 1):
-        # Balance: every few rounds, the temperature at which the PRM finds most to exploit
+        # Balance: before round 1, and every few rounds, the temperature of the best Reward-Pass@K
         sweep = None
         if cfg.temperature == "adaptive" and (iteration - 1) % cfg.sweep_every == 0:
             temperature, sweep = choose_temperature(cfg, policy, prm, world, temperature)
@@ -277,7 +277,7 @@ def start_or_resume(cfg, pi_0, prm, world, run):
 def new_optimizer(cfg, policy, lr, decay_over=0):
     """AdamW on all weights. After a linear start its rate is constant, as in the paper, or decays
     over `decay_over` updates."""
-    return Optimizer([adamw(policy, policy.parameters(), lr)], cfg.lr_warmup_updates, decay_over)
+    return Optimizer([adamw(policy.parameters(), lr)], cfg.lr_warmup_updates, decay_over)
 
 # ---------------------------------------------------------------- 1. generate
 
@@ -287,8 +287,8 @@ def questions_for_iteration(cfg, world, iteration):
     have joined they are half (our choice: the paper's share is unknown), so that all methods ask
     the same number."""
     def part(split, first, number):
-        # each split has an order of its own. (That of "labeled" is not named, only because naming
-        # it now would change every result that is published here)
+        # each split has an order of its own ("labeled" is not named: that would change all
+        # published results)
         purpose = ("questions",) if split == "labeled" else ("questions", split)
         rng = random.Random(seed_for(cfg.seed, *purpose))
         asked = world.get(split, [])[-cfg.evolve_questions:]       # 0: all
@@ -296,13 +296,13 @@ def questions_for_iteration(cfg, world, iteration):
         return list(islice(chain.from_iterable(orders), first, first + number))
 
     n = cfg.questions_per_iteration
-    joined = 0
-    if cfg.unlabeled != "none":                # iterations with unlabeled ones, this one included
+    mixed = 0                                  # iterations with unlabeled ones, this one included
+    if cfg.unlabeled != "none":
         before = min(round(cfg.mix_in * cfg.iterations), cfg.iterations - 1)
-        joined = max(0, iteration - before)
-    # n = 4, joined at the second: labeled 0-3; 4-5 and unlabeled 0-1; 6-7 and unlabeled 2-3; ...
-    num_unlabeled = n // 2 if joined else 0
-    unlabeled_before = n // 2 * max(0, joined - 1)
+        mixed = max(0, iteration - before)
+    # n = 4, mixed from the second on: labeled 0-3; 4-5, unlabeled 0-1; 6-7, unlabeled 2-3; ...
+    num_unlabeled = n // 2 if mixed else 0
+    unlabeled_before = n // 2 * max(0, mixed - 1)
     labeled = part("labeled", (iteration - 1) * n - unlabeled_before, n - num_unlabeled)
     return labeled + part("unlabeled", unlabeled_before, num_unlabeled), len(labeled)
 
@@ -325,20 +325,21 @@ def select(cfg, prm, prompts, correct, iteration):
 
 def improve(cfg, policy, optimizer, prompts, kept, iteration):
     """SFT on the kept responses, for this iteration's part of all updates: {updates, loss}."""
-    before = round(cfg.evolve_updates * (iteration - 1) / cfg.iterations)  # whole updates
+    # rounded so that all iterations together make cfg.evolve_updates
+    before = round(cfg.evolve_updates * (iteration - 1) / cfg.iterations)
     after = round(cfg.evolve_updates * iteration / cfg.iterations)
     title = f"{cfg.method} {iteration}: SFT"
     return sft(cfg, policy, optimizer, prompts, kept, after - before, title, iteration)
 
 def sft(cfg, policy, optimizer, prompts, kept, updates, title, iteration=0, train=fit):
-    """Updates on [(question index, text)] after their answer-free prompts: {updates, loss}."""
+    """SFT on [(question index, text)], each behind its question's prompt: {updates, loss}. `train`:
+    `fit`, or `run.fit`, which saves in between."""
     if not kept:
         print(f"{title}: nothing to train on, going on without an update")
         return {"updates": 0, "loss": None}
     examples = [Example(*prompts[i], policy.tokenizer.response(text)) for i, text in kept]
     rng = random.Random(seed_for(cfg.seed, "SFT", iteration))
-    # the (up to two) responses to one question are neighbours, so that their image is read once:
-    # a batch of 32 has about 16 images, and 32 with Top-1
+    # two responses to one question are neighbours, so that their image is read once
     stream = batches(examples, cfg.batch_size, rng, together=2)
     loss = train(policy, optimizer, stream, updates, cfg.micro_batch, title)
     return {"updates": updates, "loss": loss}
@@ -347,7 +348,8 @@ def sft(cfg, policy, optimizer, prompts, kept, updates, title, iteration=0, trai
 
 def look_at(cfg, policy, prm, questions, temperatures, rollouts):
     """`explore` with the settings of a run: the same random numbers at every iteration."""
-    how = Sampling(rollouts, None, cfg.max_new_tokens, seed_for(cfg.seed, "monitor"))
+    T = None                                                       # `explore` fills in each
+    how = Sampling(rollouts, T, cfg.max_new_tokens, seed_for(cfg.seed, "monitor"))
     reward = partial(response_rewards, prm) if prm else None
     return explore(policy, questions, temperatures, how, reward)
 
@@ -395,9 +397,10 @@ def choose_temperature(cfg, policy, prm, world, current):
     looks = look_at(cfg, policy, prm, world["validation"], GRID, L)    # current is in it
     passes = {t: passes_of(cfg, look) for t, look in looks.items()}    # T -> {metric: (Q,)}
     best, chosen = best_temperature({t: passes[t][aim] for t in GRID}, current)
-    gain = passes[best][aim] - passes[current][aim]                # (Q,)
+    # (Q,) of the best of 14, on the questions that it was chosen on: it promises too much
+    gain = passes[best][aim] - passes[current][aim]
     return chosen, {"aim": aim, "before": current, "best": best, "chosen": chosen,
-                    "gain": [float(gain.mean()), *interval(gain)],
+                    "gain": [float(gain.mean()), *bootstrap_interval(gain)],
                     "surface": {str(t): means(passes[t]) for t in GRID}}
 
 # ---------------------------------------------------------------- the stages before it
@@ -500,19 +503,19 @@ class Run:
         except ValueError as error:
             print(f"{error}; not used, made again", flush=True)
         finally:
-            barrier()                                              # before one of them writes it
+            barrier()                                              # all have read before one writes
 
     def fit(self, policy, optimizer, stream, updates, micro_batch, title, part=500):
         """`fit` for trainings of several minutes: saved after every `part` updates, or after more
         of them, so that saving takes no more than 2 % of the time."""
         loss = self.load(title, policy, optimizer).get("loss")
         saved, cost = time.time(), 0.0                             # when, and how long it took
-        for _ in range(optimizer.updates):                         # batches that it has seen
+        for _ in range(optimizer.updates):                         # skip what it has seen
             next(stream)
         while optimizer.updates < updates:
             number = min(part, updates - optimizer.updates)        # until the next save
             loss = fit(policy, optimizer, stream, number, micro_batch, title)
-            if broadcast(time.time() - saved >= 49 * cost):
+            if broadcast(time.time() - saved >= 49 * cost):        # 49 : 1 is 2 %
                 began = time.time()
                 self.save(title, optimizer.updates, policy, optimizer, loss=loss)
                 saved = time.time()
@@ -531,7 +534,8 @@ class Run:
 
 def run_stages(cfg, out, command, program="mstar"):
     """All stages of a run, then its arms from the same pi_0 and PRM with equal responses and
-    updates; returns the report. Only `program` may go on with the folder."""
+    updates; returns the report. program: mstar, or tables, whose folder holds arms of many tables,
+    and so no policy or samples of one."""
     tokenizer, arms = tokenizer_for(cfg.policy), arms_of(cfg)
     try:
         world = world_of({**asdict(cfg), "splits": cfg.splits})    # the same for all seeds
@@ -546,7 +550,8 @@ def run_stages(cfg, out, command, program="mstar"):
             sys.exit(130)
         fail(error)
     check_identity(cfg, out, command, program, world, tokenizer)
-    run = Run(out, cfg.method, tokenizer, cfg.device or available_devices()[0])
+    main_method = cfg.method if program == "mstar" else ""
+    run = Run(out, main_method, tokenizer, cfg.device or available_devices()[0])
     print(f"run       {out}: {cfg.arms} from {cfg.policy}, preset {cfg.preset}, seed {cfg.seed}, "
           f"on {run.device} ({WORKERS} workers, {'bf16' if has_bf16(run.device) else 'fp32'})",
           flush=True)
@@ -581,12 +586,14 @@ def run_stages(cfg, out, command, program="mstar"):
         run.result("audit", audit, pi_0, prm, labels, asked, world["test"], longest)
     for arm in evolved:
         run.lines, run.last_log = list(lines), time.time()         # of the arms before it
-        result = run.result(f"checkpoint/arm {arm.method}", run_arm, arm, base, pi_0, prm, world,
-                            run)
+        name = f"checkpoint/arm {arm.method}"
+        result = run.result(name, run_arm, arm, base, pi_0, prm, world, run)
+        if result.get("switches") != switches_of(arm):             # METHODS was changed since
+            fail(f"{out}/{name}.json: made with other switches; delete it, or take a new --out")
         rows.append(result["row"])                                 # of the result table
         lines += result["lines"]
-    mine = ROW_NAMES.get(cfg.method, cfg.method)
-    return make_report(cfg, run, command, world, rows, mine, lines)
+    main_row = ROW_NAMES.get(cfg.method, cfg.method)
+    return make_report(cfg, run, command, world, rows, main_row, lines)
 
 def expected(cfg, arms, base, world):
     """A line of text: the size of the policy, the responses and updates of all arms and, on a CPU,
@@ -598,7 +605,9 @@ def expected(cfg, arms, base, world):
             f"{asked * cfg.rollouts_per_question:,} responses, {updates:,} updates")
     if base.device.type != "cpu" or updates < 500:                 # not known, or seconds
         return f"{text} (minutes are estimated on a CPU only, from 500 updates on)"
-    questions, policy, began = world["labeled"][:128], copy.deepcopy(base), time.time()
+    questions = world["labeled"][:128]
+    policy = copy.deepcopy(base)                                   # the base stays as it is
+    began = time.time()
     look = look_at(cfg, base, None, questions, [1.0], cfg.rollouts_per_question)[1.0]
     sampled = time.time()
     kept = [(i, texts[0]) for i, texts in enumerate(look.texts)]
@@ -607,7 +616,7 @@ def expected(cfg, arms, base, world):
     trained = time.time()
     asked += len(arms) * cfg.validations * cfg.validation
     # step labels of a question, and a sweep of it, take about five times as long as asking it
-    swept = cfg.prm_questions * any(arm.needs_prm for arm in arms)
+    swept = cfg.prm_questions if any(arm.needs_prm for arm in arms) else 0
     swept += sum(math.ceil(arm.iterations / arm.sweep_every) * cfg.validation for arm in arms
                  if arm.temperature == "adaptive")
     updates += 2 * cfg.warmup_updates                              # pi_0's, and those of direct SFT
@@ -617,18 +626,22 @@ def expected(cfg, arms, base, world):
 
 def run_arm(cfg, base, pi_0, prm, world, run):
     """One method from pi_0 on (direct SFT: from the base): {row, lines of metrics.jsonl, updates
-    made}. The main method's policy is saved."""
-    if cfg.method == "sft":                                        # no loop
+    made, its switches}. The main method's policy is saved."""
+    if cfg.method == "sft":                                        # no loop, no lines
         policy, updates = direct_sft(cfg, base, world, run)
     else:
-        policy, updates = self_evolve(cfg, pi_0, prm, world, run), 0
+        policy = self_evolve(cfg, pi_0, prm, world, run)
+        updates = sum(line.get("updates", 0) for line in run.lines if line["arm"] == cfg.method)
     if cfg.method == run.main_method:                              # others are only measured
         save(run.out / "policy.safetensors", policy, world_seed=cfg.world_seed)   # for `check`
     row = evaluate_policy(ROW_NAMES.get(cfg.method, cfg.method), policy, world, cfg.max_new_tokens,
                           direct=cfg.method == "sft")
     lines = [line for line in run.lines if line["arm"] == cfg.method]
-    updates += sum(line.get("updates", 0) for line in lines)
-    return {"row": row, "lines": lines, "updates": updates}
+    return {"row": row, "lines": lines, "updates": updates, "switches": switches_of(cfg)}
+
+def switches_of(cfg):
+    """{switch: value} of an arm."""
+    return {name: getattr(cfg, name) for name in SWITCHES}
 
 def arms_of(cfg):
     """The Configs of the arms to run: cfg without the switches of its own method, with theirs. (A
@@ -642,7 +655,7 @@ def check_identity(cfg, out, command, program, world, tokenizer):
     """Write config.json of a new run; exit 2 if the folder was begun with another configuration,
     vocabulary or world: what is saved there would mean something else."""
     policy = Path(cfg.policy)                                      # a file, a folder, or scratch
-    files = sorted(policy.glob("*.safetensors")) or [policy] * policy.is_file()
+    files = [policy] if policy.is_file() else sorted(policy.glob("*.safetensors"))
     base = RECIPES[cfg.recipe], [zlib.crc32(path.read_bytes()) for path in files]
     meaning = zlib.crc32(repr((tokenizer.symbols, base, world)).encode())
     identity = {**asdict(cfg), "program": program, "splits": cfg.splits, "world": meaning}
@@ -653,7 +666,7 @@ def check_identity(cfg, out, command, program, world, tokenizer):
         before = read_json(path)                                   # as JSON gives it back
     except ValueError as error:
         fail(error)
-    # micro_batch changes little; tables share a folder: there, what differs from arm to arm may
+    # micro_batch may change (memory), and in a table's folder what differs from arm to arm
     free = ("arms", "method", "out", *SWITCHES) if program != "mstar" else ()
     for name, value in identity.items():
         if name not in ("micro_batch", *free) and before.get(name) != value:
@@ -718,8 +731,9 @@ def check(cfg):
         fail(f"--device {cfg.device}: this machine has {', '.join(available_devices())}")
     if cfg.recipe not in RECIPES:                                  # of another size: Table 5
         fail(f"--recipe {cfg.recipe}: not one of {', '.join(RECIPES)}")
-    labels = cfg.prm_questions * any(arm.needs_prm for arm in arms_of(cfg))
-    needed = max(cfg.warmup_questions + labels, cfg.evolve_questions)
+    needs_prm = any(arm.needs_prm for arm in arms_of(cfg))
+    asked = cfg.warmup_questions + (cfg.prm_questions if needs_prm else 0)
+    needed = max(asked, cfg.evolve_questions)
     if needed > cfg.labeled:
         fail(f"--labeled {cfg.labeled}: must be at least {needed}, to hold --warmup_questions and "
              "as many different --prm_questions as asked for, or --evolve_questions")
@@ -735,7 +749,8 @@ def check(cfg):
         try:
             load_policy(cfg.policy, tokenizer_for(cfg.policy))
         except (OSError, ValueError) as error:
-            fail(f"--policy: {error}; --method base --policy scratch makes one of ours")
+            fail(f"--policy: {error}; name a folder with public weights, or a file that --method "
+                 "base --policy scratch made")
     if Path(cfg.policy).is_file() and not cfg.data:
         # A base of ours was trained on pictures of its world, but for those of its tests. Tests
         # smaller than full size are the beginnings of the full ones, so they are unseen, too

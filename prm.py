@@ -98,8 +98,9 @@ class RewardModel(nn.Module):
     in its last one, so that no layer is left to compare the prediction with the token written (in
     trials it could not tell two responses to one question apart). So pi_0 is fixed here, and the
     network reads for each token what pi_0 expected before it (its last hidden state), the token,
-    and its log-probability. A learned share of the log-probability of all that is written so far is
-    added to the head: pi_0 itself finds false steps less likely, and that much need not be learned.
+    and its log-probability. The log-probability of all that is written so far, times a learned
+    weight, is added to the head: pi_0 itself finds false steps less likely, and that much need not
+    be learned.
     It also makes the later steps of longer responses score lower (claim C6). The reasons are those
     of our small policy; public weights get the same network."""
     BLOCKS = 2
@@ -157,27 +158,29 @@ class RewardModel(nn.Module):
         return total / (targets >= 0).sum()
 
 def train_prm(cfg, pi_0, questions, labels):
-    """Train the PRM on step labels, but for those of the last tenth of the labeled questions, which
-    are held out. Returns (RewardModel, {loss; of the held-out steps: steps (how many), good (the
-    share with more than half of their rollouts correct), auc})."""
+    """Train the PRM on the step labels of all but the last tenth of the questions, which are held
+    out. Returns (RewardModel, {loss; of the held-out steps: steps (how many), good (the share with
+    more than half of their rollouts correct), auc})."""
     torch.manual_seed(seed_for(cfg.seed, "PRM"))
     prm = RewardModel(pi_0.config, pi_0.tokenizer).to(pi_0.device)
     prm.policy.load_state_dict(pi_0.state_dict())                  # a copy
     number = 1 + max(label.question for label in labels)
-    first = number - max(1, number // 10)                          # that is held out
+    first_held_out = number - max(1, number // 10)
     prompts = make_prompts(pi_0, questions[:number])
-    learned = []                                                   # Examples
+    examples = []
     for label in labels:
-        if label.question < first:                                 # by question, not response
+        if label.question < first_held_out:                        # by question, not response
             at_end = dict(zip(prm.tokenizer.step_ends(label.tokens), label.targets))
             soft = [at_end.get(i, -1.0) for i in range(len(label.tokens))]
-            learned.append(Example(*prompts[label.question], label.tokens, soft))
-    updates = math.ceil(cfg.prm_epochs * len(learned) / cfg.batch_size)
+            examples.append(Example(*prompts[label.question], label.tokens, soft))
+    updates = math.ceil(cfg.prm_epochs * len(examples) / cfg.batch_size)
     trained = [p for p in prm.parameters() if p.requires_grad]
-    optimizer = Optimizer([adamw(prm, trained, cfg.prm_lr)], cfg.lr_warmup_updates, updates)
-    stream = batches(learned, cfg.batch_size, random.Random(seed_for(cfg.seed, "PRM")), together=4)
+    optimizer = Optimizer([adamw(trained, cfg.prm_lr)], cfg.lr_warmup_updates, updates)
+    # the responses to a question side by side: the loss compares their steps
+    rng = random.Random(seed_for(cfg.seed, "PRM"))
+    stream = batches(examples, cfg.batch_size, rng, together=cfg.prm_responses)
     loss = fit(prm, optimizer, stream, updates, cfg.micro_batch, "PRM")
-    held_out = [label for label in labels if label.question >= first]
+    held_out = [label for label in labels if label.question >= first_held_out]
     scores = score(prm, [prompts[label.question] for label in held_out],
                    [[label.tokens] for label in held_out])
     scores = [s for (steps,) in scores for s in steps]             # all held-out steps

@@ -46,10 +46,10 @@ def print_line(line):
         parts.append(f"kept {line['num_kept']:,} of {line['num_unique_correct']:,} unique correct")
     print(f"{', '.join(parts)}, {line['seconds']:.0f} s", flush=True)
 
-def make_report(cfg, run, command, world, rows, mine, lines):
-    """report.json: all numbers that tables, figures and the page show. mine: the name of
-    the main method's row."""
-    my_row = next((row for row in rows if row["name"] == mine), None)
+def make_report(cfg, run, command, world, rows, main_row, lines):
+    """report.json: all numbers that tables, figures and the page show. main_row: the name of the
+    main method's row."""
+    my_row = next((row for row in rows if row["name"] == main_row), None)
     others = [row for row in rows if my_row and row is not my_row]
     chip = torch.cuda.get_device_name() if run.device == "cuda" else platform.machine()
     seconds = {name: round(about["seconds"], 1) for name, about in run.about.items()}
@@ -59,7 +59,7 @@ def make_report(cfg, run, command, world, rows, mine, lines):
             "versions": {"python": platform.python_version(), "torch": torch.__version__,
                          "numpy": np.__version__},
             "seconds": round(sum(seconds.values()), 1), "stages": seconds, "rows": rows,
-            "mine": mine, "iterations": lines,
+            "mine": main_row, "iterations": lines,
             "updates": {name.removeprefix("arm "): about["updates"]
                         for name, about in run.about.items() if "updates" in about},
             "audit": audited and audited["by_question"],

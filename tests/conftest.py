@@ -12,12 +12,11 @@ import torch                                                       # noqa: E402
 for folder in (Path(__file__).parent, Path(__file__).parent.parent):
     sys.path.insert(0, str(folder))
 torch.set_num_threads(1)                                           # model.WORKERS is read from it
+torch.backends.mps.is_available = lambda: False                    # nor on a Mac's GPU
 
-from data import TESTBEDS, Tokenizer, build_world                  # noqa: E402
+from data import SPLITS, Tokenizer, build_world                    # noqa: E402
 from evaluate import make_prompts                                  # noqa: E402
 from model import ModelConfig, Policy                              # noqa: E402
-
-SPLITS = ("test", "validation", *TESTBEDS, "labeled", "unlabeled", "base")
 
 @pytest.fixture(scope="session")
 def world():

@@ -92,7 +92,7 @@ def give_line_breaks(policy, prompts):
     """Let the policy's most frequent token be its line break."""
     responses = tokens_of(sample(policy, prompts, Sampling(4, 1.0, 8, seed=0)))
     counts = Counter(token for group in responses for tokens in group for token in tokens)
-    policy.tokenizer.has_break = {counts.most_common(1)[0][0]}
+    policy.tokenizer.breaks = {counts.most_common(1)[0][0]}
 
 def test_all_samplers_are_asked_for_the_same_responses(small, prompts):
     """Separate calls of a workload: as many responses to the same texts at the same temperatures,
@@ -122,7 +122,7 @@ def test_the_steps_that_are_continued_end_with_a_line_break(small, prompts):
     give_line_breaks(small, prompts)
     steps = workloads(small, prompts)["step labels"].prefixes
     ends = {prefix[-1] for group in steps for prefix in group}
-    assert ends == small.tokenizer.has_break
+    assert ends == small.tokenizer.breaks
     assert all(len(prefix) < 8 for group in steps for prefix in group)
 
 def test_plain_calls_are_cut_into_parts_with_all_responses(small, prompts):

@@ -142,7 +142,7 @@ def test_training_there_gives_the_same_weights(elsewhere, policy, prompts, tmp_p
         torch.manual_seed(0)
         network = model.Policy(policy.config, policy.tokenizer)
         network = elsewhere(network) if place == "there" else network
-        optimizer = model.Optimizer([adamw(network, network.parameters(), 1e-3)], 1)
+        optimizer = model.Optimizer([adamw(network.parameters(), 1e-3)], 1)
         stream = batches(examples_of(network, prompts), 6, Random(0))
         fit(network, optimizer, stream, 3, micro_batch=4, title=place)
         save(tmp_path / "x.safetensors", network, optimizer)       # read back on the CPU
@@ -177,8 +177,8 @@ def test_the_reward_model_reads_and_learns_the_same_there(elsewhere, policy, pro
 
 def test_batches_fit_into_the_memory_of_a_gpu(policy, monkeypatch):
     """Rows of a batch grow with free memory, and no further than half of it (here: the cache and
-    the logits of all rows, in fp32)."""
-    gpu = SimpleNamespace(device=torch.device("cuda"), config=policy.config,
+    the logits of all rows, in fp32, and what a vision block makes of an image)."""
+    gpu = SimpleNamespace(device=torch.device("cuda"), config=policy.config, vision=policy.vision,
                           image_tokens=policy.image_tokens)
     c = policy.config
     needed = 4 * (c.layers * 2 * c.kv_heads * (c.width // c.heads) * 64 + c.vocabulary)
@@ -190,6 +190,12 @@ def test_batches_fit_into_the_memory_of_a_gpu(policy, monkeypatch):
         rows.append(model._rows_at_once(gpu, [10**9], 64))
         assert 0 < rows[-1] * needed <= free / 2
     assert rows[0] < rows[1] < rows[2]
+    image = 4 * 10 * policy.vision.side ** 2 * c.vision_width      # q, k, v, out and twice 4 C
+    assert 0 < model._rows_at_once(gpu, [1] * 10**9, 64) * (needed + image) <= 10**10 / 2
+    monkeypatch.setattr(torch.mps, "recommended_max_memory", lambda: 10**9 + 5)
+    monkeypatch.setattr(torch.mps, "driver_allocated_memory", lambda: 5)
+    mac = SimpleNamespace(**{**vars(gpu), "device": torch.device("mps")})
+    assert model._rows_at_once(mac, [10**9], 64) == rows[1]
     # what torch keeps for itself is free, too; of two processes each takes a share of whole
     # questions (of 7 here: 501 rows would leave one for a third batch), and both the first one's
     # number, however much memory they have: their batches must be the same

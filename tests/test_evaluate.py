@@ -13,8 +13,8 @@ import torch
 
 import evaluate
 from data import TASKS, TESTBEDS, Question, build_world, write_reasoning
-from evaluate import (Look, answer_greedily, auc, best_temperature, compare,
-                      evaluate_policy, find_answer, format_table, grade, interval, make_prompts,
+from evaluate import (Look, answer_greedily, auc, best_temperature, bootstrap_interval, compare,
+                      evaluate_policy, find_answer, format_table, grade, make_prompts,
                       one_line_errors, paired_gain, pass_at_k, pass_metrics, percent, points,
                       reward_pass_at_k, sample_texts)
 from model import Response, Sampling, read_json, sample, save, write_json
@@ -116,16 +116,16 @@ def test_interval_covers_as_promised():
     standard errors and small-sample bias)."""
     rng, inside = np.random.default_rng(0), 0
     for _ in range(200):
-        low, high = interval(rng.random(200) < 0.3, draws=500)
+        low, high = bootstrap_interval(rng.random(200) < 0.3, draws=500)
         inside += low <= 0.3 <= high
     assert 0.90 <= inside / 200 <= 0.99
 
 def test_interval_is_of_the_mean_of_group_means():
     """Each group is resampled for itself; every question weighs the same."""
-    assert interval(np.ones(5), np.zeros(20)) == [0.2, 0.2]
+    assert bootstrap_interval(np.ones(5), np.zeros(20)) == [0.2, 0.2]
     coin = np.arange(100) % 2
-    low, high = interval(coin)
-    both_low, both_high = interval(coin, coin)
+    low, high = bootstrap_interval(coin)
+    both_low, both_high = bootstrap_interval(coin, coin)
     assert 0.38 < low < 0.42 and 0.58 < high < 0.62                # 0.5 +- 1.96 * 0.05
     assert both_high - both_low == pytest.approx((high - low) / 2 ** 0.5, rel=0.1)
 

@@ -409,7 +409,7 @@ def test_an_update_that_is_not_finite_is_named_and_not_made(policy, prompts, bro
 
     after_two = []
     monkeypatch.setattr(model, "backward", breaks)
-    optimizer = Optimizer([adamw(policy, policy.parameters(), 1e-3)], 1)
+    optimizer = Optimizer([adamw(policy.parameters(), 1e-3)], 1)
     with pytest.raises(FloatingPointError, match="a title.* update 3 "):
         fit(policy, optimizer, iter([examples] * 9), 9, 4, "a title")
     assert optimizer.updates == 2
@@ -433,7 +433,7 @@ def test_the_schedule_is_a_linear_start_then_constant_or_a_cosine():
             assert first == pytest.approx(expected) and second == pytest.approx(0.3 * expected)
 
 def test_norms_and_biases_do_not_decay(policy):
-    decaying, others = adamw(policy, policy.parameters(), 1e-3).param_groups
+    decaying, others = adamw(policy.parameters(), 1e-3).param_groups
     assert decaying["weight_decay"] > 0 and others["weight_decay"] == 0
     is_other = {id(p) for p in others["params"]}
     for name, p in policy.named_parameters():
@@ -623,7 +623,7 @@ def test_a_full_disk_leaves_the_old_file(policy, tokenizer, tmp_path, monkeypatc
 def both_optimizers(policy):
     """AdamW and Muon under one schedule, as the base is trained."""
     matrices, rest = split_parameters(policy)
-    return Optimizer([adamw(policy, rest, 1e-2), Muon(matrices, lr=1e-2)], 3, decay_over=9)
+    return Optimizer([adamw(rest, 1e-2), Muon(matrices, lr=1e-2)], 3, decay_over=9)
 
 def stream_of(prompts):
     rng = random.Random(0)

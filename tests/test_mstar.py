@@ -58,14 +58,14 @@ def test_training_lowers_the_loss_on_what_it_trains(policy, prompts, tokenizer):
     kept = [(i, f"answer: {i + 10}") for i in range(8)]
     examples = [Example(*prompts[i], tokenizer.response(text)) for i, text in kept]
     before = policy.loss(*collate(examples)).item()
-    optimizer = Optimizer([adamw(policy, policy.parameters(), 3e-3)], 2)
+    optimizer = Optimizer([adamw(policy.parameters(), 3e-3)], 2)
     trained = mstar.sft(cfg, policy, optimizer, prompts, kept, 30, "test")
     assert trained["updates"] == 30 == optimizer.updates
     assert policy.loss(*collate(examples)).item() < before / 4
 
 
 def test_without_anything_to_train_on_nothing_is_done(policy, prompts, capsys):
-    optimizer = Optimizer([adamw(policy, policy.parameters(), 3e-3)], 2)
+    optimizer = Optimizer([adamw(policy.parameters(), 3e-3)], 2)
     trained = mstar.sft(config(), policy, optimizer, prompts, [], 30, "test")
     assert trained == {"updates": 0, "loss": None} and optimizer.updates == 0
     assert "nothing to train on" in capsys.readouterr().out
@@ -73,7 +73,7 @@ def test_without_anything_to_train_on_nothing_is_done(policy, prompts, capsys):
 
 def test_a_loss_that_is_not_finite_stops_the_training(policy, prompts):
     policy.embed.weight.data[60] = float("nan")
-    optimizer = Optimizer([adamw(policy, policy.parameters(), 1e-3)], 2)
+    optimizer = Optimizer([adamw(policy.parameters(), 1e-3)], 2)
     with pytest.raises(FloatingPointError, match="bad: the loss or gradient of update 1 "):
         mstar.sft(config(), policy, optimizer, prompts, [(0, "answer: 7")], 3, "bad")
 

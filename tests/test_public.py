@@ -163,6 +163,19 @@ def test_nanovlm_pixels_are_between_0_and_1(tmp_path, tokenizer):
     loaded.vision(images)
     torch.testing.assert_close(seen["x"] - loaded.vision.position, expected, atol=1e-5, rtol=1e-4)
 
+def test_an_untied_nanovlm_is_refused(tmp_path, tokenizer):
+    write_public(tmp_path, "nanovlm", tokenizer)
+    tensors = load_file(tmp_path / "model.safetensors")
+    (name,) = {"decoder.head.weight", "decoder.token_embedding.weight"} & tensors.keys()
+    for other in ("decoder.head.weight", "decoder.token_embedding.weight"):
+        tensors[other] = tensors[name].clone()
+    save_file(tensors, tmp_path / "model.safetensors")
+    assert load_public(tmp_path, tokenizer).config.tied            # equal under both names
+    tensors["decoder.head.weight"][0, 0] += 1
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match="decoder.head is not tied"):
+        load_public(tmp_path, tokenizer)
+
 def test_shards_and_half_precision(folder, tokenizer):
     whole = load_public(folder, tokenizer)
     tensors = {name: t.bfloat16() for name, t in load_file(folder / "model.safetensors").items()}
@@ -190,7 +203,8 @@ def test_what_does_not_fit_is_named(folder, tokenizer):
     save_file(tensors, weights)
     for place, key, value, words in (
             ("", "model_type", "llava", "llava"), ("text_config", "rms_norm_eps", 1e-6, "1e-06"),
-            ("text_config", "hidden_size", None, "width"), ("", "scale_factor", 3, "3"),
+            ("text_config", "hidden_size", None, "lacks the width"), ("", "scale_factor", 3, "3"),
+            ("text_config", "rope_theta", None, "lacks the rope_theta"),
             ("text_config", "hidden_act", "gelu", "gelu"),
             ("vision_config", "patch_size", 0, "zero"),
             ("text_config", "rope_theta", 10**400, "too large"),

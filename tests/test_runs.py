@@ -261,7 +261,7 @@ def other_vocabulary(self, real=Tokenizer.__init__):
 
 def test_a_damaged_later_state_does_not_cost_the_new_one(policy, tokenizer, tmp_path, capsys):
     run = mstar.Run(tmp_path, "mstar", tokenizer, "cpu")
-    optimizer = model.Optimizer([model.adamw(policy, policy.parameters(), 1e-3)], 1)
+    optimizer = model.Optimizer([model.adamw(policy.parameters(), 1e-3)], 1)
     run.save("mstar", 5, policy, optimizer)
     file = tmp_path / "checkpoint" / "mstar-5.safetensors"
     file.write_bytes(file.read_bytes()[:-5])
@@ -397,7 +397,13 @@ def test_a_table_goes_on_where_it_was_stopped(tmp_path, monkeypatch, capsys):
     results.tables.main(flags)
     assert begun == ["prm_watched", "mstar_watched", "mstar_watched", "mstar_pass_at_k"]
     assert Path("mine/test-dynamics.json").exists() and not Path("results").exists()
+    left = {path.name for path in Path("mine/seed0").iterdir()}    # of no arm among many
+    assert "pi_0.safetensors" in left and not left & {"policy.safetensors", "samples"}
     capsys.readouterr()
+    monkeypatch.setitem(mstar.METHODS, "prm_watched", {"select": "random", "watches": 4})
+    refused(results.tables.main, flags, "arm prm_watched.json: made with other switches")
+    monkeypatch.undo()
+    monkeypatch.chdir(tmp_path)
     refused(results.tables.main, [*flags, "--rollouts_per_question", "3"], "rollouts_per_question")
     refused(mstar.main, ["--resume", "mine/seed0"], "python -m results.tables dynamics")
     refused(mstar.main, [*FLAGS, "--out", "mine/seed0"], "nothing is overwritten")

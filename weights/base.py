@@ -1,6 +1,7 @@
 """
 weights/base.py: the stand-in for a pretrained LMM, trained from nothing: it sees and speaks, but
-reasons badly when asked alone. Not part of the paper's method, which starts from such a model.
+reasons badly without the answer in its prompt. Not part of the paper's method, which starts from
+such a model.
 
 base.safetensors (with base.json: sizes, vocabulary, how it was made) is what a run starts from.
 Read:     Recipe -> train_base -> Muon
@@ -28,8 +29,8 @@ class Recipe:
     worked: int = 300                  # worked examples that are asked like a test question
     worked_with_answer: int = 6000     # worked examples with the answer in the prompt
     texts: int = 5                     # reasoning texts drawn per worked example, equal ones once
-    caption_updates: int = 6000        # updates on captions and arithmetic alone, then
-    updates: int = 2000                # updates on a mix of these (a third) and worked examples
+    caption_updates: int = 6000        # updates on captions and arithmetic alone; then
+    updates: int = 2000                # on a mix of these (a third) and worked examples
     lr: float = 3e-3                   # of AdamW (embeddings, norms, biases, patches)
     muon_lr: float = 2e-3              # of Muon (the matrices)
 
@@ -91,7 +92,7 @@ def train_base(questions, cfg, run):
     stream = chain(islice(first, recipe.caption_updates), then)
     total = recipe.caption_updates + recipe.updates
     matrices, rest = split_parameters(policy)
-    optimizer = Optimizer([adamw(policy, rest, recipe.lr), Muon(matrices, lr=recipe.muon_lr)],
+    optimizer = Optimizer([adamw(rest, recipe.lr), Muon(matrices, lr=recipe.muon_lr)],
                           cfg.lr_warmup_updates, decay_over=total)
     loss = run.fit(policy, optimizer, stream, total, cfg.micro_batch, "base")
     print(f"base      {len(perception):,} captions and arithmetic texts, {len(worked):,} worked "

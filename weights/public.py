@@ -56,6 +56,8 @@ def load_public(folder, tokenizer):
             if (other := _place_in(about, place)) not in (None, value):
                 raise ValueError(f"{place} is {other!r}, not {value!r}")
         sizes = {name: _place_in(about, place) for name, place in table["sizes"].items()}
+        if lacking := [name for name, size in sizes.items() if size is None]:
+            raise ValueError(f"config.json lacks the {lacking[0]}")
         sizes["rope_theta"] = float(sizes["rope_theta"])
         side = sizes["image_size"] // sizes["patch_size"]
         if family == "smolvlm" and side & (side - 1):              # else they round to other places
@@ -74,7 +76,9 @@ def load_public(folder, tokenizer):
         theirs.pop("decoder.rotary_embd.inv_freq", None)           # no weight
         if family == "nanovlm":                                    # tied, kept by either name
             tied = theirs.pop("decoder.head.weight", None)
-            theirs.setdefault("decoder.token_embedding.weight", tied)
+            embedding = theirs.setdefault("decoder.token_embedding.weight", tied)
+            if tied is not None and not torch.equal(tied, embedding):
+                raise ValueError("decoder.head is not tied to the embedding")
         sizes["tied"] = f"{table['names']['head']}.weight" not in theirs
         with torch.device("meta"):
             policy = Policy(ModelConfig(**sizes, lead=tokenizer.lead), tokenizer)
@@ -83,7 +87,8 @@ def load_public(folder, tokenizer):
             state[name] = _public_tensor(name, tensor.shape, table["names"], theirs)
     except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError,
             SafetensorError) as error:
-        raise ValueError(f"{folder}: no SmolVLM or nanoVLM that fits here ({error})") from error
+        raise ValueError(f"{folder}: no SmolVLM or nanoVLM that fits here (missing or wrong: "
+                         f"{error})") from error
     if theirs:
         raise ValueError(f"{folder}: {min(theirs)} has no place in this network")
     if family == "nanovlm":                                        # its pixels are in [0, 1]
@@ -106,8 +111,8 @@ def _place_in(about, places):
     return None
 
 def _public_tensor(name, shape, names, theirs):
-    """Our tensor of a name, in fp32, from theirs. names: our stem -> theirs, "#" is the layer, and
-    "a.k_proj+v_proj" are two that stand below one another here."""
+    """Our tensor of a name, in fp32, taken out of theirs. names: our stem -> theirs, "#" is the
+    layer, and "a.k_proj+v_proj" are two that are one here, rows below rows."""
     number = "".join(re.findall(r"(?<=blocks\.)\d+", name))
     stem, _, kind = name.replace(f"blocks.{number}", "blocks.#").rpartition(".")
     if name == "vision.position":
@@ -125,8 +130,8 @@ def _public_tensor(name, shape, names, theirs):
 # ---------------------------------------------------------------- tokenizer
 
 # What GPT-2's expression cuts a text into, once the digits are out (so that [^\W_] is a letter):
-# endings, words, other signs, white space (not \x1c to \x1f, which `re` takes for it), each with
-# the space before it
+# endings ('s, 'll), words, other signs, white space (not \x1c to \x1f, which `re` takes for it),
+# each with the space before it
 PIECES = re.compile(r"'(?:[sdmt]|ll|ve|re)| ?[^\W_]+| ?(?:[^\w\s]|[_\x1c-\x1f])+"
                     r"|[^\S\x1c-\x1f]+(?![\S\x1c-\x1f])|[^\S\x1c-\x1f]+")
 
@@ -163,7 +168,7 @@ class PublicTokenizer(Tokenizer):
         self.sign = {byte: chr(byte) for byte in printable}        # each byte has a visible sign
         self.sign |= {byte: chr(256 + i) for i, byte in enumerate(others)}
         self.byte = {sign: byte for byte, sign in self.sign.items()}
-        self.has_break = {i for i, symbol in enumerate(self.symbols) if self.sign[10] in symbol}
+        self.breaks = {i for i, symbol in enumerate(self.symbols) if self.sign[10] in symbol}
         before = "<|im_start|>User:<fake_token_around_image><global-img>"
         self.lead = tuple(self.encode(before)) if self.chat else ()  # what stands before an image
 
