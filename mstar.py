@@ -777,6 +777,8 @@ def begun_with(folder, typed):
     if saved["program"] != "mstar":
         fail(f"--resume {folder}: it goes on by its own command: {saved['command']}")
     check(cfg)                                                     # on this machine, too
+    if typed:                                  # another micro_batch is for later resumes, too
+        write_json(folder / "config.json", {**saved, **typed})
     return cfg
 
 def new_folder(cfg):

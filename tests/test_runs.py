@@ -296,6 +296,7 @@ def test_running_out_of_memory_names_the_flag(tmp_path, monkeypatch, capsys):
     monkeypatch.undo()                                             # and so it does go on
     report = mstar.main(["--resume", str(tmp_path / "run"), "--micro_batch", "1"])
     assert report["rows"][-1]["name"] == "M-STaR"
+    assert read_json(tmp_path / "run/config.json")["micro_batch"] == 1     # if it stops once more
 
 
 # ---------------------------------------------------------------- the paper's tables
