@@ -331,6 +331,38 @@ def test_what_the_base_sees_is_what_was_measured():
     text = READMES[1].read_text()
     assert first_table(text[text.index("## The base"):]) == seen
 
+def test_what_other_bases_do_is_what_was_measured():
+    bases = {"0": {name: rows_of(name) for name in ("base", *OTHERS, MINE)}}   # base -> its rows
+    for seed, base in read_json(RESULTS / "cpu-bases.json")["bases"].items():
+        bases[seed] = {row["name"]: [row] for row in base["rows"]}
+    text = READMES[1].read_text()
+    text = text[text.index("### Other bases"):]
+    shown = first_table(text)
+    assert shown.keys() == bases.keys()
+    for seed, cells in shown.items():
+        expected = []
+        for name in ("base", "pi_0 (warm-up)", "continuous", "+ PRM re-rank", MINE):
+            expected += [f"{100 * mean(row[where]['all'] for row in bases[seed][name]):.1f}"
+                         for where in ("id", "ood")]
+        assert cells == expected
+
+    def correct(rows, split):                                      # mean over seeds: (questions,)
+        return np.mean([correct_in(row["graded"][split]) for row in rows], axis=0)
+
+    for pair, (in_domain, by_base, out_of_it) in first_table(
+            text[text.index("| points, with"):]).items():
+        better, worse = ([rows[name] for rows in bases.values()] for name in pair.split(" over "))
+        for splits, cell in ((["test"], in_domain), (TESTBEDS, out_of_it)):
+            groups = [np.array([correct(a, split) - correct(b, split)
+                                for a, b in zip(better, worse)]) for split in splits]
+            assert cell == points((np.mean(groups), *run_intervals(groups)))
+            if splits == ["test"]:
+                assert by_base == ", ".join(f"{100 * one:+.1f}" for one in groups[0].mean(axis=1))
+    lost = [100 * (correct(bases["0"][MINE], "test") - correct(rows[MINE], "test")).mean()
+            for seed, rows in bases.items() if seed != "0"]
+    assert f"ends {min(lost):.0f} to {max(lost):.0f} points lower" in text
+    assert f"M-STaR {min(lost):.0f} to {max(lost):.0f} points" in READMES[0].read_text()
+
 def test_what_few_questions_do_is_what_was_measured():
     result = read_json(RESULTS / "few-dynamics.json")
     text = READMES[1].read_text()
