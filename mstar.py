@@ -537,18 +537,7 @@ def run_stages(cfg, out, command, program="mstar"):
     updates; returns the report. program: mstar, or tables, whose folder holds arms of many tables,
     and so no policy or samples of one."""
     tokenizer, arms = tokenizer_for(cfg.policy), arms_of(cfg)
-    try:
-        world = world_of({**asdict(cfg), "splits": cfg.splits})    # the same for all seeds
-        if cfg.data:
-            for question in chain.from_iterable(world.values()):   # are all the words known?
-                tokenizer.prompt(question.text, question.answer)
-    except (OSError, ValueError, KeyboardInterrupt) as error:      # such as: not enough pictures
-        if not RANK and not any(out.iterdir()):                    # nothing was begun
-            out.rmdir()
-        if isinstance(error, KeyboardInterrupt):
-            print("mstar.py: stopped", file=sys.stderr)
-            sys.exit(130)
-        fail(error)
+    world = make_world(cfg, out, tokenizer)
     check_identity(cfg, out, command, program, world, tokenizer)
     main_method = cfg.method if program == "mstar" else ""
     run = Run(out, main_method, tokenizer, cfg.device or available_devices()[0])
@@ -594,6 +583,23 @@ def run_stages(cfg, out, command, program="mstar"):
         lines += result["lines"]
     main_row = ROW_NAMES.get(cfg.method, cfg.method)
     return make_report(cfg, run, command, world, rows, main_row, lines)
+
+def make_world(cfg, out, tokenizer):
+    """The world of a run, the same for all seeds. Where it cannot be made, one line, and the folder
+    `out` goes, unless the run was begun before."""
+    try:
+        world = world_of({**asdict(cfg), "splits": cfg.splits})
+        if cfg.data:
+            for question in chain.from_iterable(world.values()):   # are all the words known?
+                tokenizer.prompt(question.text, question.answer)
+        return world
+    except (OSError, ValueError, KeyboardInterrupt) as error:      # such as: not enough pictures
+        if not RANK and not any(out.iterdir()):
+            out.rmdir()
+        if isinstance(error, KeyboardInterrupt):
+            print("mstar.py: stopped", file=sys.stderr)
+            sys.exit(130)
+        fail(error)
 
 def expected(cfg, arms, base, world):
     """A line of text: the size of the policy, the responses and updates of all arms and, on a CPU,
