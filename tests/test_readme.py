@@ -361,7 +361,7 @@ def test_what_other_bases_do_is_what_was_measured():
     lost = [100 * (correct(bases["0"][MINE], "test") - correct(rows[MINE], "test")).mean()
             for seed, rows in bases.items() if seed != "0"]
     assert f"ends {min(lost):.0f} to {max(lost):.0f} points lower" in text
-    assert f"M-STaR {min(lost):.0f} to {max(lost):.0f} points" in READMES[0].read_text()
+    assert f"(M-STaR {min(lost):.0f} to {max(lost):.0f} points)" in READMES[0].read_text()
 
 def test_what_few_questions_do_is_what_was_measured():
     result = read_json(RESULTS / "few-dynamics.json")
