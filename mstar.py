@@ -259,7 +259,8 @@ def self_evolve(cfg, pi_0, prm, world, run):
         counts = describe_round(questions, answered, num_labeled, outcomes, correct, kept)
         run.log(cfg.method, iteration, temperature, {**metrics, **counts, **trained}, sweep)
         write_samples(cfg, run, select, policy, pi_0, prm, world, temperature, iteration)
-        run.save(cfg.method, iteration, policy, optimizer, temperature=temperature)
+        run.save(cfg.method, iteration, policy, optimizer, temperature=temperature,
+                 switches=switches_of(cfg))
     return policy
 
 def start_or_resume(cfg, pi_0, prm, world, run):
@@ -268,6 +269,7 @@ def start_or_resume(cfg, pi_0, prm, world, run):
     policy = copy.deepcopy(pi_0)
     optimizer = new_optimizer(cfg, policy, cfg.evolve_lr)
     if saved := run.load(cfg.method, policy, optimizer):           # {} is false
+        check_switches(saved, cfg)
         return policy, optimizer, saved["temperature"], saved["number"] + 1
     temperature = 1.0 if cfg.temperature == "adaptive" else float(cfg.temperature)
     run.log(cfg.method, 0, temperature, validate(cfg, policy, prm, world, temperature, 0))
@@ -577,8 +579,7 @@ def run_stages(cfg, out, command, program="mstar"):
         run.lines, run.last_log = list(lines), time.time()         # of the arms before it
         name = f"checkpoint/arm {arm.method}"
         result = run.result(name, run_arm, arm, base, pi_0, prm, world, run)
-        if result.get("switches") != switches_of(arm):             # METHODS was changed since
-            fail(f"{out}/{name}.json: made with other switches; delete it, or take a new --out")
+        check_switches(result, arm)
         rows.append(result["row"])                                 # of the result table
         lines += result["lines"]
     main_row = ROW_NAMES.get(cfg.method, cfg.method)
@@ -648,6 +649,11 @@ def run_arm(cfg, base, pi_0, prm, world, run):
 def switches_of(cfg):
     """{switch: value} of an arm."""
     return {name: getattr(cfg, name) for name in SWITCHES}
+
+def check_switches(saved, cfg):
+    """Exit 2 if rounds of an arm, or its result, were made before its row in METHODS was changed."""
+    if saved.get("switches") != switches_of(cfg):
+        fail(f"{cfg.method}: what is saved of it was made with other switches; take a new --out")
 
 def arms_of(cfg):
     """The Configs of the arms to run: cfg without the switches of its own method, with theirs. (A

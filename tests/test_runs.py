@@ -284,6 +284,19 @@ def test_a_damaged_report_of_a_finished_run_is_one_line(two_runs, tmp_path, caps
     assert files == {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
 
 
+def test_rounds_of_other_switches_are_not_gone_on_with(policy, tokenizer, tmp_path, capsys):
+    run = mstar.Run(tmp_path, "prm", tokenizer, "cpu")
+    cfg, _ = mstar.parse([*SMALL, "--method", "prm"])
+    other = {**mstar.switches_of(cfg), "select": "random"}         # METHODS was changed
+    optimizer = mstar.new_optimizer(cfg, policy, cfg.evolve_lr)
+    for switches in (mstar.switches_of(cfg), other):
+        run.save("prm", 1, policy, optimizer, temperature=1.0, switches=switches)
+        if switches is not other:
+            assert mstar.start_or_resume(cfg, policy, None, None, run)[2:] == (1.0, 2)
+    with pytest.raises(SystemExit) as stop:
+        mstar.start_or_resume(cfg, policy, None, None, run)
+    assert stop.value.code == 2 and "other switches" in capsys.readouterr().err
+
 def test_running_out_of_memory_names_the_flag(tmp_path, monkeypatch, capsys):
     def full(*rest):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
@@ -402,7 +415,7 @@ def test_a_table_goes_on_where_it_was_stopped(tmp_path, monkeypatch, capsys):
     assert "pi_0.safetensors" in left and not left & {"policy.safetensors", "samples"}
     capsys.readouterr()
     monkeypatch.setitem(mstar.METHODS, "prm_watched", {"select": "random", "watches": 4})
-    refused(results.tables.main, flags, "arm prm_watched.json: made with other switches")
+    refused(results.tables.main, flags, "prm_watched: what is saved", "other switches")
     monkeypatch.undo()
     monkeypatch.chdir(tmp_path)
     refused(results.tables.main, [*flags, "--rollouts_per_question", "3"], "rollouts_per_question")
