@@ -573,9 +573,7 @@ def build_world(sizes, seed=0):
     seen, world = set(), {}                                        # drawings of all splits
     for split in SPLITS:
         rng = random.Random(f"{seed}/{split}")                     # its own stream
-        templates = IN_DOMAIN
-        if split in ("size", "compose"):
-            templates = SIZE if split == "size" else COMPOSE
+        templates = SIZE if split == "size" else COMPOSE if split == "compose" else IN_DOMAIN
         look = split if split in ("style", "layout") else "plain"
         questions, tries = [], 0
         while len(questions) < max(sizes.get(split, 0), FULL_SIZES.get(split, 0)):

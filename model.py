@@ -251,7 +251,7 @@ class Policy(nn.Module):
                 continue                                           # norms, biases, positions
             scale = 0.05 if "embed" in name else parameter[0].numel() ** -0.5
             if name.endswith(("out.weight", "down.weight")):       # residual outputs start small,
-                scale = (2 * config.layers) ** -0.5 * scale        # so that their sum keeps its
+                scale = (2 * config.layers) ** -0.5 * scale        # so their sum keeps its scale
             nn.init.normal_(parameter, std=scale)
 
     @property

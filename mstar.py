@@ -349,9 +349,9 @@ def sft(cfg, policy, optimizer, prompts, kept, updates, title, iteration=0, trai
 # ---------------------------------------------------------------- 4. validate, and balance
 
 def look_at(cfg, policy, prm, questions, temperatures, rollouts):
-    """`explore` with the settings of a run: the same random numbers at every iteration."""
-    T = None                                                       # `explore` fills in each
-    how = Sampling(rollouts, T, cfg.max_new_tokens, seed_for(cfg.seed, "monitor"))
+    """`explore` with the settings of a run: the same random numbers at every iteration. (It fills
+    in the temperature.)"""
+    how = Sampling(rollouts, None, cfg.max_new_tokens, seed_for(cfg.seed, "monitor"))
     reward = partial(response_rewards, prm) if prm else None
     return explore(policy, questions, temperatures, how, reward)
 
@@ -651,7 +651,7 @@ def switches_of(cfg):
     return {name: getattr(cfg, name) for name in SWITCHES}
 
 def check_switches(saved, cfg):
-    """Exit 2 if rounds of an arm, or its result, were made before its row in METHODS was changed."""
+    """Exit 2 if what is saved of an arm is from before its row in METHODS was changed."""
     if saved.get("switches") != switches_of(cfg):
         fail(f"{cfg.method}: what is saved of it was made with other switches; take a new --out")
 

@@ -122,6 +122,10 @@ def test_a_record_per_line_is_the_same(file, images):
     lines = file.with_suffix(".jsonl")
     lines.write_text("\ufeff" + "\n".join(map(json.dumps, RECORDS)) + "\n")
     assert read_questions(lines, images) == read_questions(file, images)
+    for other in (RECORDS[0], {"data": RECORDS}, 7):               # of another kind
+        file.write_text(json.dumps(other))
+        with pytest.raises(ValueError, match="neither a list of records nor MathVista's dict"):
+            read_questions(file, images)
     lines.write_text("{}\n{}\n{")
     with pytest.raises(ValueError, match="line 3"):
         read_questions(lines, images)
