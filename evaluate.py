@@ -111,13 +111,15 @@ def accuracies(columns, with_all=False):
             {column: bootstrap_interval(*values) for column, values in groups.items()})
 
 def make_prompts(policy, questions, with_answer=False, direct=False):
-    """Prompts of questions: the picture (one from a file: a function that opens it) and the
-    question, and with `with_answer` the gold answer (the paper's warm-up)."""
+    """Prompts of questions: the picture (a large one, or one from a file: a function that gives
+    it) and the question, and with `with_answer` the gold answer (the paper's warm-up)."""
     size = policy.config.image_size
     prompts = []
     for question in questions:
         if question.image:
             image = partial(picture_of, question.image, size)
+        elif size > 128:                       # drawn when needed: 20,000 of 512 would be 16 GB
+            image = partial(render, question, size)
         else:
             image = torch.from_numpy(render(question, size))
         answer = question.answer if with_answer else None          # gold, in the prompt

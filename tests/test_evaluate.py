@@ -3,6 +3,7 @@ import random
 import re
 import sys
 import time
+from dataclasses import replace
 from fractions import Fraction
 from itertools import combinations, permutations
 from math import isclose
@@ -17,7 +18,7 @@ from evaluate import (Look, answer_greedily, auc, best_temperature, bootstrap_in
                       evaluate_policy, find_answer, format_table, grade, make_prompts,
                       one_line_errors, paired_gain, pass_at_k, pass_metrics, percent, points,
                       reward_pass_at_k, sample_texts)
-from model import Response, Sampling, read_json, sample, save, write_json
+from model import Policy, Response, Sampling, pixels_of, read_json, sample, save, write_json
 
 # ---------------------------------------------------------------- grades
 
@@ -223,6 +224,10 @@ def test_prompts_hold_picture_and_question_and_only_if_wanted_the_answer(policy,
         assert torch.equal(told[i].image, plain[i].image)
         assert plain[i].ids == policy.tokenizer.prompt(question.text)
         assert told[i].ids == policy.tokenizer.prompt(question.text, question.answer)
+    large = Policy(replace(policy.config, image_size=256), policy.tokenizer)
+    for prompt, question in zip(make_prompts(large, questions), questions):
+        assert callable(prompt.image)                              # drawn only when needed
+        assert (pixels_of(prompt.image).numpy() == evaluate.render(question, 256)).all()
 
 def test_texts_are_those_of_the_sampled_tokens(policy, prompts):
     how, prefix = Sampling(3, 1.0, 6, seed=0), policy.tokenizer.encode("red is 3\n")
