@@ -188,8 +188,7 @@ def shop(rng, items=None, rows=range(4), columns=range(4)):
     """Shapes with prices: a, b, c, ...; "{as}" is the plural of a in a wording."""
     items = items or rng.randint(3, 4)
     shapes = rng.sample(SHAPES, items)
-    cells = [(row, column) for row in rows for column in columns]
-    cells = rng.sample(cells, items)
+    cells = rng.sample(list(itertools.product(rows, columns)), items)
     facts = dict(zip(shapes, rng.sample(range(2, 10), items)))     # prices, all different
     drawing = [("item", *cell, shape, rng.choice(list(COLOURS)), facts[shape])
                for shape, cell in zip(shapes, cells)]
@@ -197,7 +196,7 @@ def shop(rng, items=None, rows=range(4), columns=range(4)):
     plurals = {letter + "s": _plural(shape) for letter, shape in slots.items()}
     return drawing, facts, slots, slots | plurals
 
-def table(rng, pick, rows=3):
+def table(rng, pick="cells", rows=3):
     """A table of coloured rows, each fading from left to right. `pick` says what a, b, c are: the
     cells of one "row" or "column", or any three "cells"."""
     colours, columns = rng.sample(list(COLOURS), rows), ("left", "middle", "right")
@@ -215,17 +214,15 @@ def table(rng, pick, rows=3):
     slots = dict(zip("abc", cells))
     return drawing, facts, slots, slots | {"r": c if pick == "column" else r}
 
-def groups(rng, colours, pick, rows=range(4)):
+def groups(rng, colours=(2, 1, 1), pick="shape", rows=range(4)):
     """Groups of one to four equal shapes, each group in a cell. colours: how many groups each
     colour has. a, b, ... are groups, which a wording calls by their shape: any of them (pick
     "shape"), or those of the first colour, which a wording calls x (pick "colour")."""
     names = rng.sample(list(COLOURS), len(colours))
-    group_colours = [name for name, times in zip(names, colours) for _ in range(times)]
-    group_colours = rng.sample(group_colours, len(group_colours))
-    drawing, facts = [], {}
-    cells = [(row, column) for row in rows for column in range(4)]
-    cells = rng.sample(cells, len(group_colours))
-    shapes = rng.sample(SHAPES, len(group_colours))
+    number, drawing, facts = sum(colours), [], {}
+    group_colours = rng.sample(names, number, counts=colours)
+    cells = rng.sample(list(itertools.product(rows, range(4))), number)
+    shapes = rng.sample(SHAPES, number)
     counts = rng.sample(range(1, 5), 4) + rng.sample(range(1, 5), 4)   # up to four all differ
     for (row, column), colour, shape, count in zip(cells, group_colours, shapes, counts):
         corners = rng.sample([(0, 0), (0, 1), (1, 0), (1, 1)], count)
@@ -237,7 +234,7 @@ def groups(rng, colours, pick, rows=range(4)):
     shape_names = {letter: group.split()[1] for letter, group in slots.items()}
     return drawing, facts, slots, {"x": names[0]} | shape_names
 
-def compose(rng, scene, beside):
+def compose(scene, beside, rng):
     """Two scenes in one picture; the question is about the first. Nothing of the second has a
     colour or a shape that the question may name."""
     drawing, facts, slots, names = scene(rng)
@@ -332,25 +329,22 @@ IN_DOMAIN = (
         "what is the total of the {r} column?", "add the numbers in the {r} column.",
         "how much is the {r} column together?",
         "you buy all numbers in the {r} column. how much do you pay?")),
-    Template("TQA", "multiply_add", partial(table, pick="cells"),
-             ("(a * b) + c", "c + (a * b)"), {}, (
+    Template("TQA", "multiply_add", table, ("(a * b) + c", "c + (a * b)"), {}, (
         "multiply {a} by {b}, then add {c}.", "what is {a} times {b} plus {c}?",
         "find {a} times {b}, then add {c}.", "how much is {c} plus {a} times {b}?")),
-    Template("VQA", "colour_points", partial(groups, colours=(2, 1, 1), pick="colour"),
-             TWO_PRODUCTS, {"n": DIGIT, "m": DIGIT}, (
+    Template("VQA", "colour_points", partial(groups, pick="colour"), TWO_PRODUCTS,
+             {"n": DIGIT, "m": DIGIT}, (
         "of the {x} shapes each {a} is {n} points and each other is {m}. "
         "how many points are there?",
         "find the points of the {x} shapes with {n} for each {a} and {m} for each other.",
         "each {x} {a} is {n} points and each other {x} shape is {m}. what is the total?",
         "how many points are the {x} shapes with {n} for each {a} and {m} for each other?")),
-    Template("VQA", "shape_points", partial(groups, colours=(2, 1, 1), pick="shape"), TWO_PRODUCTS,
-             {"n": DIGIT, "m": DIGIT}, (
+    Template("VQA", "shape_points", groups, TWO_PRODUCTS, {"n": DIGIT, "m": DIGIT}, (
         "a {a} is {n} points and a {b} is {m}. how many points are there?",
         "find the points with {n} for each {a} and {m} for each {b}.",
         "each {a} is {n} and each {b} is {m}. what is the total?",
         "how many points are there with {n} for a {a} and {m} for a {b}?")),
-    Template("VQA", "difference_points", partial(groups, colours=(2, 1, 1), pick="shape"),
-             DIFFERENCE_OF_PRODUCTS, {"n": DIGIT, "m": DIGIT}, (
+    Template("VQA", "difference_points", groups, DIFFERENCE_OF_PRODUCTS, {"n": DIGIT, "m": DIGIT}, (
         "a {a} is {n} points and a {b} is {m}. how many more points is {a} than {b}?",
         "find how many more points {a} is than {b} with {n} for each {a} and {m} for each {b}.",
         "take the points of {b} away from {a} with {n} for each {a} and {m} for each {b}.",
@@ -370,28 +364,23 @@ SIZE = (
     _variant("area_of_copies", "area_of_more_copies", 1, numbers={"n": range(4, 6)}),
     _variant("buy_two_kinds", "buy_more", numbers={"n": range(7, 10), "m": range(7, 10)}),
     _variant("row_total", "row_of_four_total", scene=partial(table, pick="row", rows=4)),
-    _variant("shape_points", "points_among_six",
-             scene=partial(groups, colours=(2, 1, 1, 1, 1), pick="shape")),
+    _variant("shape_points", "points_among_six", scene=partial(groups, colours=(2, 1, 1, 1, 1))),
 )
 # Testbed `compose`: questions of the training about one of two scenes that are composed in one
 # picture, which training never does.
-TWO_BARS, CELLS = partial(chart, columns=2), partial(table, pick="cells")
+TWO_BARS = partial(chart, columns=2)
 NARROW = partial(rectangles, widest=2, columns=4)
 TWO_GROUPS = partial(groups, colours=(2,), pick="colour", rows=range(2))
 ITEMS_RIGHT = partial(shop, items=2, columns=(2, 3))
 ITEMS_AT_EDGE = partial(shop, items=2, columns=(3,))
 ITEMS_BELOW = partial(shop, items=2, rows=(2, 3))
 COMPOSE = (
-    _variant("bars_scaled", "bars_beside_shop",
-             scene=partial(compose, scene=TWO_BARS, beside=ITEMS_RIGHT)),
-    _variant("area_difference", "area_beside_shop",
-             scene=partial(compose, scene=NARROW, beside=ITEMS_RIGHT)),
-    _variant("buy_two_kinds", "shop_beside_bars",
-             scene=partial(compose, scene=ITEMS_RIGHT, beside=TWO_BARS)),
-    _variant("multiply_add", "cells_beside_shop", 1,
-             scene=partial(compose, scene=CELLS, beside=ITEMS_AT_EDGE)),
+    _variant("bars_scaled", "bars_beside_shop", scene=partial(compose, TWO_BARS, ITEMS_RIGHT)),
+    _variant("area_difference", "area_beside_shop", scene=partial(compose, NARROW, ITEMS_RIGHT)),
+    _variant("buy_two_kinds", "shop_beside_bars", scene=partial(compose, ITEMS_RIGHT, TWO_BARS)),
+    _variant("multiply_add", "cells_beside_shop", 1, scene=partial(compose, table, ITEMS_AT_EDGE)),
     _variant("colour_points", "points_beside_shop", 2,
-             scene=partial(compose, scene=TWO_GROUPS, beside=ITEMS_BELOW)),
+             scene=partial(compose, TWO_GROUPS, ITEMS_BELOW)),
 )
 
 # ---------------------------------------------------------------- reasoning and oracle
@@ -400,38 +389,30 @@ COMPOSE = (
 def _tree(route):
     return ast.parse(route, mode="eval").body                      # BinOp, Name (a slot), Constant
 
-def work_out(node, value_of, operate):
-    """The value of a route's tree, operands first. `value_of(leaf)` gives the value of a slot's
-    letter or of a constant; `operate(left, sign, right)` that of an operation."""
-    if isinstance(node, ast.Name):
-        return value_of(node.id)                                   # a slot
-    if isinstance(node, ast.Constant):
-        return value_of(node.value)
-    left = work_out(node.left, value_of, operate)
-    right = work_out(node.right, value_of, operate)
-    return operate(left, SIGNS[type(node.op)], right)              # +, - or *
+def work_out(node, slots, read, operate):
+    """The value of a route's tree, operands first. `read(name)` gives the value of a fact,
+    `operate(left, sign, right)` that of an operation; a number is itself."""
+    if isinstance(node, ast.BinOp):
+        left = work_out(node.left, slots, read, operate)
+        right = work_out(node.right, slots, read, operate)
+        return operate(left, SIGNS[type(node.op)], right)          # +, - or *
+    subject = slots[node.id] if isinstance(node, ast.Name) else node.value
+    return subject if isinstance(subject, int) else read(subject)  # a number, or a fact's name
 
 def answer_by(route, facts, slots):
     """The answer by a route, or None if a result on the way leaves 1 .. LARGEST."""
-    def value_of(leaf):
-        subject = slots.get(leaf, leaf)                            # a fact's name, or a number
-        return facts.get(subject, subject)                         # a number is itself
-
     def operate(left, sign, right):
         result = OPERATIONS[sign](left, right) if left and right else 0
         return result if 1 <= result <= LARGEST else None
 
-    return work_out(_tree(route), value_of, operate)
+    return work_out(_tree(route), slots, facts.get, operate)
 
 def write_reasoning(question, rng):
     """One true reasoning text, by a route drawn with `rng` (random.Random), all readings first or
     each when it is needed. One reading or operation per line; the last line is "answer: N"."""
     lines = []
 
-    def read(leaf):
-        subject = question.slots.get(leaf, leaf)
-        if isinstance(subject, int):
-            return subject                                         # a number of the question
+    def read(subject):
         subjects = [subject]
         if subject in ("highest", "lowest"):                       # first all bars
             bars = sorted(question.facts.keys() - {"highest", "lowest"})
@@ -449,10 +430,10 @@ def write_reasoning(question, rng):
 
     tree = _tree(rng.choice(question.routes))
     if rng.random() < 0.5:                                         # all readings first
-        letters = [node.id for node in ast.walk(tree) if isinstance(node, ast.Name)]
-        for letter in rng.sample(letters, len(letters)):
-            read(letter)
-    answer = work_out(tree, read, operate)                         # reads what is missing
+        leaves = [node for node in ast.walk(tree) if isinstance(node, ast.Name)]
+        for leaf in rng.sample(leaves, len(leaves)):
+            work_out(leaf, question.slots, read, operate)
+    answer = work_out(tree, question.slots, read, operate)         # reads what is missing
     return "\n".join([*lines, f"answer: {answer}"])
 
 READING = re.compile(r"(.+) is (\d+)")
@@ -518,17 +499,14 @@ def sound(question, text):
         return False
     meanings = defaultdict(set)                # written number -> what it may be with the others
 
-    def in_another_picture(leaf):
-        subject = question.slots.get(leaf, leaf)
-        if isinstance(subject, int):                               # of the question: it stays
-            return subject
-        return random.Random(subject).randrange(2**63, 2**64)      # a fact: another number
+    def in_another_picture(fact):
+        return random.Random(fact).randrange(2**63, 2**64)         # another number
 
     def operate(left, sign, right):
         return OPERATIONS[sign](left, right)
 
     route = _tree(question.routes[0])          # all routes come to the same
-    goal = work_out(route, in_another_picture, operate)
+    goal = work_out(route, question.slots, in_another_picture, operate)
     for number in given_numbers(question):
         meanings[number].add(number)
     for line in text.split("\n"):
@@ -550,17 +528,14 @@ def _make(rng, template, id, look="plain", unseen_wording=False):
         drawing, facts, slots, names = template.scene(rng)
         numbers = {letter: rng.choice(values) for letter, values in template.numbers.items()}
         slots = slots | numbers
-        answers = {}                                               # route -> answer
-        for route in template.routes:
-            if answer := answer_by(route, facts, slots):           # None: beyond 1 .. LARGEST
-                answers[route] = answer
-        if answers and len(set(numbers.values())) == len(numbers): # n = m would not tell a from b
+        routes = [route for route in template.routes if answer_by(route, facts, slots)]
+        if routes and len(set(numbers.values())) == len(numbers):  # n = m would not tell a from b
             break
     wording = template.wordings[-1] if unseen_wording else rng.choice(template.wordings[:-1])
     text = wording.format(**names, **numbers)
-    answer = next(iter(answers.values()))                          # all are equal
+    answer = answer_by(routes[0], facts, slots)                    # all are equal
     return Question(id, template.task, template.name, text, answer, tuple(drawing), facts, slots,
-                    tuple(answers), look)
+                    tuple(routes), look)
 
 FULL_SIZES = {"test": 750, "validation": 250, **dict.fromkeys(TESTBEDS, 250)}          # of tests
 SPLITS = (*FULL_SIZES, "labeled", "unlabeled", "base")
@@ -575,20 +550,19 @@ def build_world(sizes, seed=0):
         rng = random.Random(f"{seed}/{split}")                     # its own stream
         templates = SIZE if split == "size" else COMPOSE if split == "compose" else IN_DOMAIN
         look = split if split in ("style", "layout") else "plain"
-        questions, tries = [], 0
-        while len(questions) < max(sizes.get(split, 0), FULL_SIZES.get(split, 0)):
-            number = len(questions)
+        questions = []
+        for number in range(max(sizes.get(split, 0), FULL_SIZES.get(split, 0))):
             task = TASKS[number % len(TASKS)]                      # the tasks take turns
-            template = rng.choice([one for one in templates if one.task == task])
-            question = _make(rng, template, f"{split}/{number}", look, split == "wording")
-            tries += 1
-            if question.drawing not in seen:
-                tries = 0                                          # in a row without a new picture
-                seen.add(question.drawing)
-                questions.append(question)
-            elif tries == 10_000:                                  # of rectangles there are 17,280
+            for _ in range(10_000):                                # of rectangles there are 17,280
+                template = rng.choice([one for one in templates if one.task == task])
+                question = _make(rng, template, f"{split}/{number}", look, split == "wording")
+                if question.drawing not in seen:
+                    break
+            else:
                 raise ValueError(f"no new picture for question {number} of the split {split}: ask "
                                  "for fewer questions (--labeled)")
+            seen.add(question.drawing)
+            questions.append(question)
         world[split] = questions[:sizes.get(split, 0)]
     return world
 
@@ -744,13 +718,11 @@ HINTS = {                                      # MathVista's, by type of answer 
 def _of_mathvista(record, images):
     """A record of testmini.json, asked in the order of its query.json (hint, question, unit,
     choices). Its gold answer is the text of the right choice; here it becomes its letter."""
-    columns = {"figure question answering": "FQA", "geometry problem solving": "GPS",
-               "math word problem": "MWP", "textbook question answering": "TQA",
-               "visual question answering": "VQA"}
+    task = "".join(word[0] for word in record["metadata"]["task"].split()).upper()     # initials
     choices, gold = tuple(record["choices"] or ()), record["answer"]
     kind = record["answer_type"]
-    if bool(choices) != (record["question_type"] == "multi_choice"):
-        raise ValueError("choices, but not to choose from them")
+    if task not in TASKS or bool(choices) != (record["question_type"] == "multi_choice"):
+        raise ValueError("another task, or choices, but not to choose from them")
     if kind == "float":
         kind += str(int(record["precision"]))
     text = f"Hint: Please answer the question {HINTS['text' if choices else kind]} at the end."
@@ -761,9 +733,8 @@ def _of_mathvista(record, images):
         lettered = [f"({chr(65 + i)}) {choice}" for i, choice in enumerate(choices)]
         text += "\nChoices:\n" + "\n".join(lettered)
         gold = chr(65 + choices.index(gold))
-    return Question(f"MathVista/{record['pid']}", columns[record["metadata"]["task"]], "", text,
-                    normal_answer(gold, choices), image=f"{images}/{record['image']}",
-                    choices=choices, record=record)
+    return Question(f"MathVista/{record['pid']}", task, "", text, normal_answer(gold, choices),
+                    image=f"{images}/{record['image']}", choices=choices, record=record)
 
 MARKUP = re.compile(r"(?<!\w)\*+|\*+(?!\w)|`+|\\boxed\{([^{}]*)\}")   # **5**, \boxed{5}, no 3*4
 
@@ -782,10 +753,9 @@ def normal_answer(text, choices=()):
         number = ord(letter[1] or letter[2]) - ord("a")
         if number < len(choices):
             return chr(ord("A") + texts.index(texts[number]))
-    if written in texts:                                           # FF, Ff and ff are three choices
-        return chr(ord("A") + texts.index(written))
-    if text in in_lower:
-        return chr(ord("A") + in_lower.index(text))
+    for one, among in ((written, texts), (text, in_lower)):        # FF, Ff and ff are three choices
+        if one in among:
+            return chr(ord("A") + among.index(one))
     if re.fullmatch(r"[+-]?(\d{1,3}(,\d{3}){1,8}|\d{1,28})(\.\d*)?|[+-]?\.\d+", text, re.ASCII):
         return f"{Decimal(text.replace(',', '')).normalize():f}"
     return re.sub(r"^\((\w)\)$", r"\1", text)
@@ -925,8 +895,7 @@ def write_preview(path):
             pen.text((left, top), f"{name} / {question.template}", fill="black")
             reasoning = write_reasoning(question, random.Random(question.id))
             pen.text((left + 136, top + 14), reasoning, fill="black", spacing=1)
-            wrapped = "\n".join(textwrap.wrap(question.text, 44))
-            pen.text((left, top + 176), wrapped, fill=(0, 60, 160))
+            pen.text((left, top + 176), textwrap.fill(question.text, 44), fill=(0, 60, 160))
     sheet.save(path)
 
 def main(argv=None):

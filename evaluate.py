@@ -63,8 +63,7 @@ def evaluate_policy(name, policy, world, max_new_tokens, direct=False):
             correct = [(i, text) for i, text in enumerate(texts) if grades[i] == "correct"]
             unsound = share_unsound(questions, correct)
         elif questions[0].record:
-            pairs = zip(questions, texts)
-            scores = [officially_correct(text, question.record) for question, text in pairs]
+            scores = [officially_correct(text, q.record) for q, text in zip(questions, texts)]
             official[split] = np.array(scores, float)              # (questions,)
     on_test = {"all": correct_in(graded["test"])}                  # column -> (questions,) 0 or 1
     for task in TASKS:
@@ -293,18 +292,18 @@ def explore(policy, questions, temperatures, how, reward=None):
                                   None if rewards is None else rewards[:, part])
     return looks
 
-def pass_metrics(look, L, ks):
+def pass_metrics(cfg, look):
     """{metric: (Q,)} of a Look. pass_at_k: is any of all n responses correct (here k = n).
-    reward_pass_at_k, for each of `ks`: the n are cut into groups of L, the number that a training
-    question gets (a rest is left out), and the value is the mean over the groups (our choice:
-    ranked among more than L, hotter sampling would look better than it is to train on)."""
+    reward_pass_at_k, for k = 1, 2, 4 and keep_top: the n are cut into groups of L, the number that
+    a training question gets (a rest is left out), and the value is the mean over the groups (our
+    choice: ranked among more than L, hotter sampling would look better than it is to train on)."""
     is_correct, n = look.is_correct, look.is_correct.shape[1]
     metrics = {"pass_at_1": is_correct.mean(axis=1),
                "pass_at_k": is_correct.any(axis=1).astype(float)}
     if look.rewards is None:                                       # no PRM
         return metrics
-    L = min(L, n)
-    for k in sorted({min(k, L) for k in ks}):
+    L = min(cfg.rollouts_per_question, n)
+    for k in sorted({min(k, L) for k in (1, 2, 4, cfg.keep_top)}):
         values = []                                                # [group][question]
         for j in range(0, n - L + 1, L):
             pairs = zip(is_correct[:, j:j + L], look.rewards[:, j:j + L])
@@ -359,23 +358,19 @@ def auc(good, scores):
 
 def bootstrap_interval(*groups, draws=2000):
     """95 % interval [low, high] of the mean of all groups, by bootstrap: the questions of each
-    group (questions,) are resampled. Of one policy's 0s and 1s: its accuracy. Of the differences of
-    two policies on the same questions: a paired comparison. It is about these policies only; the
-    luck of a run is in results/tables.py, which sees several."""
-    rng, drawn = np.random.default_rng(0), []
-    for values in groups:
-        values, n = np.asarray(values, float), len(values)
-        picked = rng.integers(n, size=(draws, n))                  # with replacement
-        drawn.append(values[picked].mean(axis=1))                  # (draws,)
-    drawn = np.average(drawn, axis=0, weights=[len(values) for values in groups])      # (draws,)
+    group (questions,) are drawn with replacement. Of one policy's 0s and 1s: its accuracy. Of the
+    differences of two policies on the same questions: a paired comparison. It is about these
+    policies only; the luck of a run is in results/tables.py, which sees several."""
+    rng = np.random.default_rng(0)
+    drawn = [rng.choice(values, (draws, len(values))).mean(axis=1) for values in groups]
+    drawn = np.average(drawn, axis=0, weights=list(map(len, groups)))                  # (draws,)
     return np.percentile(drawn, [2.5, 97.5]).tolist()
 
 def paired_gain(row, other):
     """How much a row of the result table beats another on the same questions: {id: [gain, low,
     high], ood: [gain, low, high]}, in shares of 1."""
-    beds = [split for split in row["graded"] if split != "test"]
     gains = {}
-    for key, splits in (("id", ["test"]), ("ood", beds)):
+    for key, splits in (("id", ["test"]), ("ood", testbeds_of(row["graded"]))):
         groups = [correct_in(row["graded"][split]) - correct_in(other["graded"][split])
                   for split in splits]
         if groups:
@@ -485,9 +480,8 @@ def main(argv=None):
         parser.error("runs are compared on the questions that they were tested on")
     if flags and not {"data", "images"} <= flags.keys():
         parser.error("--data and --images go together, and --testbed with them")
-    bad_input = ValueError, KeyError, TypeError
     advice = f"give folders of finished runs (not {' '.join(folders)}), of the same tests"
-    with one_line_errors("evaluate.py", advice, *bad_input):
+    with one_line_errors("evaluate.py", advice, ValueError, KeyError, TypeError):
         if len(folders) > 1:
             return print_comparison(*compare(folders))
         config = read_json(Path(folders[0]) / "config.json")

@@ -355,10 +355,6 @@ def look_at(cfg, policy, prm, questions, temperatures, rollouts):
     reward = partial(response_rewards, prm) if prm else None
     return explore(policy, questions, temperatures, how, reward)
 
-def passes_of(cfg, look):
-    """`pass_metrics` of a Look, with L and keep_top of training."""
-    return pass_metrics(look, cfg.rollouts_per_question, (1, 2, 4, cfg.keep_top))
-
 def validate(cfg, policy, prm, world, temperature, iteration):
     """Metrics on the validation questions, of a greedy response each and monitor_rollouts sampled
     ones at `temperature`; where cfg.watches says so, also at all temperatures of the grid."""
@@ -369,7 +365,7 @@ def validate(cfg, policy, prm, world, temperature, iteration):
     look = looks[temperature]                                      # n responses to each question
     correct, outcomes = unique_correct(questions, look.texts)      # [(question index, text)]
     sampled = list(chain.from_iterable(look.responses))            # all responses in a row
-    passes = passes_of(cfg, look)
+    passes = pass_metrics(cfg, look)
     metrics = {
         "greedy_accuracy": float(greedy.mean()), "k": n, **means(passes),
         "by_question": {"greedy": as_text(greedy),
@@ -384,7 +380,7 @@ def validate(cfg, policy, prm, world, temperature, iteration):
         metrics["reward_auc"] = auc(look.is_correct.ravel(), look.rewards.ravel())
     if cfg.due(iteration, cfg.watches):
         looks = look_at(cfg, policy, prm, questions, sorted({temperature, *GRID}), n)
-        at_each = {str(t): passes_of(cfg, look) for t, look in looks.items()}
+        at_each = {str(t): pass_metrics(cfg, look) for t, look in looks.items()}
         metrics["watched"] = {
             "surface": {t: means(passes) for t, passes in at_each.items()},
             "any_correct": {t: as_text(passes["pass_at_k"]) for t, passes in at_each.items()}}
@@ -397,7 +393,7 @@ def choose_temperature(cfg, policy, prm, world, current):
     k = min(cfg.keep_top, L)                                       # the paper: 2
     aim = "pass_at_k" if cfg.adapt_by == "pass_at_k" else f"reward_pass_at_{k}"
     looks = look_at(cfg, policy, prm, world["validation"], GRID, L)    # current is in it
-    passes = {t: passes_of(cfg, look) for t, look in looks.items()}    # T -> {metric: (Q,)}
+    passes = {t: pass_metrics(cfg, look) for t, look in looks.items()}  # T -> {metric: (Q,)}
     best, chosen = best_temperature({t: passes[t][aim] for t in GRID}, current)
     # (Q,) of the best of 14, on the questions that it was chosen on: it promises too much
     gain = passes[best][aim] - passes[current][aim]

@@ -19,6 +19,7 @@ from evaluate import (Look, answer_greedily, auc, best_temperature, bootstrap_in
                       one_line_errors, paired_gain, pass_at_k, pass_metrics, percent, points,
                       reward_pass_at_k, sample_texts)
 from model import Policy, Response, Sampling, pixels_of, read_json, sample, save, write_json
+from mstar import Config
 
 # ---------------------------------------------------------------- grades
 
@@ -280,7 +281,7 @@ def test_reward_pass_is_over_as_many_responses_as_a_training_question_gets():
     rng = random.Random(2)
     correct = np.array([[rng.random() < 0.4 for _ in range(4)] for _ in range(5)])
     rewards = np.array([[rng.random() for _ in range(4)] for _ in range(5)])
-    metrics = pass_metrics(Look(None, None, correct, rewards), 2, (1, 2, 4))
+    metrics = pass_metrics(Config(rollouts_per_question=2), Look(None, None, correct, rewards))
     for q in range(5):
         best = [max(pair, key=lambda j: rewards[q, j]) for pair in ((0, 1), (2, 3))]
         assert metrics["reward_pass_at_1"][q] == np.mean([correct[q, j] for j in best])
@@ -288,7 +289,7 @@ def test_reward_pass_is_over_as_many_responses_as_a_training_question_gets():
         assert metrics["reward_pass_at_2"][q] == np.mean(pairs)
         assert metrics["pass_at_k"][q] == any(correct[q]) and "reward_pass_at_4" not in metrics
     assert "reward_pass_at_1" not in pass_metrics(
-        Look(None, None, correct, None), 2, (1, 2, 4))
+        Config(rollouts_per_question=2), Look(None, None, correct, None))
 
 # ---------------------------------------------------------------- commands
 

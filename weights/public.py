@@ -92,9 +92,8 @@ def load_public(folder, tokenizer):
     if theirs:
         raise ValueError(f"{folder}: {min(theirs)} has no place in this network")
     if family == "nanovlm":                                        # its pixels are in [0, 1]
-        half = state["vision.patch.weight"] / 2
-        state["vision.patch.weight"] = half
-        state["vision.patch.bias"] += half.sum(dim=(1, 2, 3))
+        state["vision.patch.weight"] /= 2
+        state["vision.patch.bias"] += state["vision.patch.weight"].sum(dim=(1, 2, 3))
     policy.load_state_dict(state, assign=True)
     return policy
 
@@ -120,9 +119,7 @@ def _public_tensor(name, shape, names, theirs):
     first, *below = names[stem].replace("#", number).split("+")
     paths = [first, *(f"{first.rpartition('.')[0]}.{part}" for part in below)]
     parts = [theirs.pop(f"{path}.{kind}".rstrip(".")) for path in paths]
-    tensor = torch.cat(parts).float()
-    if name == "vision.position":
-        tensor = tensor.flatten(0, -2)                             # nanoVLM: (1, P, C)
+    tensor = torch.cat(parts).float().squeeze(0)                   # nanoVLM's positions: (1, P, C)
     if tensor.shape != shape:
         raise ValueError(f"{first}.{kind} is {tuple(tensor.shape)}, not {tuple(shape)}")
     return tensor
@@ -189,17 +186,11 @@ class PublicTokenizer(Tokenizer):
     def _merge(self, piece):
         parts = [self.sign[byte] for byte in piece.encode() if self.sign[byte] in self.ids]
         while len(parts) > 1:
-            pairs = list(zip(parts, parts[1:]))
-            best = min(pairs, key=lambda pair: self.rank.get(pair, math.inf))
-            if best not in self.rank:
+            ranks = [self.rank.get(pair, math.inf) for pair in zip(parts, parts[1:])]
+            if min(ranks) == math.inf:                             # nothing is left to merge
                 break
-            merged = []
-            for sign in parts:                                     # every occurrence, from the left
-                if merged and (merged[-1], sign) == best:
-                    merged[-1] += sign
-                else:
-                    merged.append(sign)
-            parts = merged
+            i = ranks.index(min(ranks))                            # the best pair, the first of it
+            parts[i:i + 2] = [parts[i] + parts[i + 1]]
         return [self.ids[part] for part in parts]
 
     def decode(self, ids):
