@@ -29,8 +29,8 @@ import torch
 
 from data import (MARKUP, READING, TASKS, TESTBEDS, normal_answer, oracle, picture_of, render,
                   sound, world_of)
-from model import (Prompt, Sampling, available_devices, join_processes, load_network, progress_bar,
-                   read_json, sample)
+from model import (Prompt, Sampling, available_devices, load_network, progress_bar, read_json,
+                   run_command, sample)
 from weights.public import tokenizer_for
 
 # ---------------------------------------------------------------- a row of the result table
@@ -420,11 +420,6 @@ def format_table(rows):
         cells = "".join(f"{100 * value:>9.1f}" for value in columns_of(row).values())
         lines.append(f"{row['name']:<{width}}{cells}")
     return "\n".join(lines)
-
-def run_command(main):
-    """Run a command's main, in each of the processes if torchrun started several."""
-    join_processes()
-    main()
 
 @contextmanager
 def one_line_errors(program, advice, *bad_input):

@@ -20,7 +20,7 @@ import math
 import os
 import sys
 import zlib
-from collections import defaultdict
+from collections import defaultdict, deque
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields
@@ -339,8 +339,8 @@ class Policy(nn.Module):
 # and the first one alone writes files.
 RANK, PROCESSES = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
-def join_processes():
-    """Connect the processes that torchrun has started; nothing without it."""
+def run_command(main):
+    """Run a command's main; if torchrun started several processes, in each, connected."""
     if PROCESSES > 1:
         gpu = torch.cuda.is_available()
         if gpu:
@@ -348,6 +348,7 @@ def join_processes():
         distributed.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo")
         if RANK:                                                   # the first one speaks for all
             sys.stdout = open(os.devnull, "w")
+    main()
 
 def barrier():
     """No process goes on before all are here."""
@@ -365,13 +366,14 @@ def my_part(things):
     """Those of a list that this process works on."""
     return things[RANK::PROCESSES]
 
-def gather(mine):
-    """The results for a whole list, in order, from each process's results for its own part."""
+def results_of(function, parts, device):
+    """[function(part) for part in parts]: processes share the parts, and the threads of a CPU."""
+    with ThreadPoolExecutor(WORKERS if device.type == "cpu" else 1) as pool:
+        mine = list(pool.map(function, my_part(parts)))
     if PROCESSES == 1:
         return mine
-    lists = [None] * PROCESSES
+    lists, results = [None] * PROCESSES, [None] * len(parts)
     distributed.all_gather_object(lists, mine)
-    results = [None] * sum(map(len, lists))
     for rank, of_rank in enumerate(lists):
         results[rank::PROCESSES] = of_rank
     return results
@@ -428,7 +430,7 @@ def save(path, network, optimizer=None, **about):
     it: a kill between the two leaves a pair that `load` refuses."""
     tensors = dict(network.state_dict())
     if optimizer:
-        tensors |= {f"optimizer/{name}": tensor for name, tensor in optimizer.tensors().items()}
+        tensors |= optimizer.tensors()
         about["updates"] = optimizer.updates
     data = bytes_of_tensors({name: t.detach().cpu().contiguous() for name, t in tensors.items()})
     write_whole(path, data)
@@ -446,13 +448,10 @@ def load(path, network, optimizer=None):
         raise ValueError(f"{path}: damaged, or not of the JSON beside it")
     if about.get("vocabulary") != list(network.tokenizer.symbols):
         raise ValueError(f"{path}: made with another vocabulary, so its token ids mean other words")
-    of_network, of_optimizer = {}, {}
-    for name, tensor in tensors_of_bytes(data).items():
-        if name.startswith("optimizer/"):
-            of_optimizer[name.removeprefix("optimizer/")] = tensor
-        else:
-            of_network[name] = tensor
-    network.load_state_dict(of_network, assign=network.device.type == "meta")
+    tensors = tensors_of_bytes(data)
+    names = [name for name in tensors if name.startswith("optimizer/")]
+    of_optimizer = {name: tensors.pop(name) for name in names}
+    network.load_state_dict(tensors, assign=network.device.type == "meta")
     if optimizer:
         optimizer.load(of_optimizer, about["updates"])
     return about
@@ -502,7 +501,7 @@ def fit(network, optimizer, stream, updates, micro_batch, title):
     the next `updates` batches (lists of Example) of `stream`. Returns the mean loss of the last
     100. FloatingPointError names an update whose loss or gradient is not a finite number; it is not
     made."""
-    losses = []
+    losses = deque(maxlen=100)
     workers = WORKERS if network.device.type == "cpu" else 1
     with ThreadPoolExecutor(workers) as pool, progress_bar(updates, title, " updates") as bar:
         for examples in islice(stream, updates):
@@ -516,8 +515,7 @@ def fit(network, optimizer, stream, updates, micro_batch, title):
             bar.set_postfix_str(f"loss {loss:.3f}", refresh=False)
             bar.update()
     network.zero_grad()                                            # frees the gradients' memory
-    recent = losses[-100:]
-    return sum(recent) / len(recent) if recent else None
+    return sum(losses) / len(losses) if losses else None
 
 def backward(network, examples, micro_batch, pool):
     """Put the gradient of a batch's mean loss into .grad; returns the loss. `micro_batch` rows go
@@ -638,19 +636,19 @@ class Optimizer:
         self.updates += 1
 
     def tensors(self):
-        """Its state for a file: {"optimizer/parameter/name": tensor}."""
+        """Its state for a file: {"optimizer/number/parameter/name": tensor}."""
         tensors = {}
         for i, one in enumerate(self.optimizers):
             for number, state in one.state_dict()["state"].items():
                 for name, tensor in state.items():
-                    tensors[f"{i}/{number}/{name}"] = tensor
+                    tensors[f"optimizer/{i}/{number}/{name}"] = tensor
         return tensors
 
     def load(self, tensors, updates):
         """Put back what `tensors` gave after so many `updates`."""
         states = [defaultdict(dict) for _ in self.optimizers]
         for key, tensor in tensors.items():
-            i, number, name = key.split("/")
+            _, i, number, name = key.split("/")
             states[int(i)][int(number)][name] = tensor
         self.updates = updates
         for one, state in zip(self.optimizers, states):
@@ -751,13 +749,12 @@ def sample(policy, prompts, how, prefixes=None, rows=None, progress=None):
     most = max(1, rows // L)                       # prefixes of one question that go in at once
     pieces = []                                    # (question, some of its prefixes)
     for q, table in enumerate(forced):
-        pieces += [(q, piece) for piece in table.split(most)]
+        pieces += [(q, piece) for piece in table.split(most) if len(piece)]
     cut = _batches([prompts[q] for q, _ in pieces], [L * len(t) for _, t in pieces], rows)
     responses = [[] for _ in prompts]
-    with ThreadPoolExecutor(WORKERS if policy.device.type == "cpu" else 1) as pool:
-        for batch, groups in zip(cut, gather(list(pool.map(run, my_part(cut))))):
-            for i, group in zip(batch, groups):
-                responses[pieces[i][0]] += group   # in order: `_batches` sorts stably
+    for batch, groups in zip(cut, results_of(run, cut, policy.device)):
+        for i, group in zip(batch, groups):
+            responses[pieces[i][0]] += group       # in order: `_batches` sorts stably
     return responses
 
 def _rows_at_once(policy, counts, T):
@@ -788,8 +785,6 @@ def _batches(prompts, counts, rows):
     responses of each prompt."""
     batches, size = [], 0
     for i in sorted(range(len(prompts)), key=lambda i: len(prompts[i].ids)):
-        if counts[i] == 0:
-            continue
         if not batches or size + counts[i] > rows:
             batches.append([])
             size = 0
@@ -877,7 +872,7 @@ def _responses(history, counts, end):
     """Put together what was drawn: history [(live, tokens, log_probs)], one entry per step."""
     live, tokens, log_probs = (torch.cat(parts).cpu() for parts in zip(*history))      # all at once
     order = live.sort(stable=True).indices                         # by response, steps in order
-    sizes = live.bincount(minlength=sum(counts)).tolist()
+    sizes = live.bincount().tolist()                               # each has drawn at least once
     responses = []
     for tokens, log_probs in zip(tokens[order].split(sizes), log_probs[order].split(sizes)):
         tokens = tokens.tolist()
@@ -899,13 +894,11 @@ def _decode(policy, tokens, owner, start, t, prefix, suffix):
     prompt; caches per layer: prefix (N, G, I+P, D), suffix (B, G, t + 1, D), whose last column is
     filled here -> logits (B, V)."""
     device, N = owner.device, len(start)
-    order, counts = owner.argsort(stable=True), owner.bincount(minlength=N)
-    first = (counts.cumsum(0) - counts)[owner[order]]              # of each question, in order
-    rank = torch.empty_like(owner)
-    rank[order] = torch.arange(len(owner), device=device) - first
-    columns = prefix[0][0].shape[2]                                # I+P
-    padding = torch.arange(columns - 1, device=device) >= start[:, None] - 1           # (N, I+P-1)
-    padding = F.pad(padding, (0, 1))                               # last column: a prompt's token
+    counts = owner.bincount(minlength=N)
+    first = counts.cumsum(0) - counts          # by question: where its rows begin, in their order
+    rank = owner.argsort(stable=True).argsort() - first[owner]
+    place = torch.arange(prefix[0][0].shape[2], device=device)     # (I+P,)
+    padding = (place >= start[:, None] - 1) & (place < place[-1])  # the last is a prompt's token
     bias = torch.zeros(padding.shape, device=device).masked_fill_(padding, -math.inf)
     grouping = Grouping(owner, rank, (N, int(counts.max())), bias[owner, None, None])
     cos, sin = policy.rope((start[owner] + t)[:, None])

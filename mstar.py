@@ -37,10 +37,10 @@ import torch
 from data import FULL_SIZES, TESTBEDS, world_of
 from evaluate import (as_text, auc, best_temperature, bootstrap_interval, describe_round,
                       evaluate_policy, explore, make_prompts, means, one_line_errors, pass_metrics,
-                      percent, run_command, sample_texts, share_unsound, unique_correct)
+                      percent, sample_texts, share_unsound, unique_correct)
 from model import (RANK, WORKERS, Example, Optimizer, Policy, Sampling, adamw, available_devices,
-                   barrier, batches, broadcast, fit, has_bf16, load, load_network, read_json, save,
-                   seed_for, write_json, write_whole)
+                   barrier, batches, broadcast, fit, has_bf16, load, load_network, read_json,
+                   run_command, save, seed_for, write_json, write_whole)
 from prm import (RewardModel, StepLabels, audit, label_steps, pseudo_answered, random_k,
                  response_rewards, top_k, train_prm)
 from results.report import make_report, print_line, print_report, write_page, write_samples
@@ -445,7 +445,8 @@ class Run:
     def __init__(self, out, main_method, tokenizer, device):
         self.out, self.main_method = out, main_method
         self.tokenizer, self.device = tokenizer, device
-        self.lines, self.last_log = [], time.time()                # of metrics.jsonl
+        self.done, self.lines = [], []         # of metrics.jsonl: of finished arms, of this one
+        self.last_log = time.time()
         self.about = {}                                            # of each finished piece
         (out / "checkpoint").mkdir(parents=True, exist_ok=True)
 
@@ -453,8 +454,7 @@ class Run:
         """The dict in NAME.json. If the file is not there, make(*inputs) makes the dict first."""
         path, began = self.out / f"{name}.json", time.time()
         if self._read(read_json, path) is None:                    # not there, or damaged
-            result = make(*inputs)
-            write_json(path, {**result, "seconds": time.time() - began})
+            write_json(path, {**make(*inputs), "seconds": time.time() - began})
         self.about[path.stem] = read_json(path)
         return self.about[path.stem]
 
@@ -472,9 +472,8 @@ class Run:
     def save(self, name, number, policy, optimizer, **about):
         """Save what a training goes on from after round (or update) `number`, then delete the save
         before it."""
-        lines = [line for line in self.lines if line["arm"] == name]  # a resumed run needs them
         path = self.out / "checkpoint" / f"{name}-{number}.safetensors"
-        save(path, policy, optimizer, number=number, lines=lines, **about)
+        save(path, policy, optimizer, number=number, lines=self.lines, **about)
         for old in self._saved(name):
             if old != path and not RANK:                           # only now: the new one is whole
                 old.unlink()
@@ -526,7 +525,7 @@ class Run:
                 "sweep": sweep, "seconds": round(time.time() - self.last_log, 1)}
         self.lines.append({name: value for name, value in line.items() if value is not None})
         self.last_log = time.time()            # from here on, time counts for the next line
-        lines = [json.dumps(line, allow_nan=False) + "\n" for line in self.lines]
+        lines = [json.dumps(line, allow_nan=False) + "\n" for line in self.done + self.lines]
         write_whole(self.out / "metrics.jsonl", "".join(lines).encode())
         print_line(self.lines[-1])
 
@@ -553,7 +552,6 @@ def run_stages(cfg, out, command, program="mstar"):
     prm = None                                                     # until an arm needs it
     longest = cfg.max_new_tokens
     rows = [run.result("checkpoint/test of base", evaluate_policy, "base", base, world, longest)]
-    lines = []                                                     # of metrics.jsonl
     if cfg.method == "base":
         made = run.about.get("base", {"world_seed": cfg.world_seed})
         save(run.out / "policy.safetensors", base, made_by=command, **made)
@@ -572,31 +570,28 @@ def run_stages(cfg, out, command, program="mstar"):
         prm = run.network("prm", RewardModel, train_prm, cfg, pi_0, asked, labels)
         run.result("audit", audit, pi_0, prm, labels, asked, world["test"], longest)
     for arm in evolved:
-        run.lines, run.last_log = list(lines), time.time()         # of the arms before it
+        run.lines, run.last_log = [], time.time()
         name = f"checkpoint/arm {arm.method}"
         result = run.result(name, run_arm, arm, base, pi_0, prm, world, run)
         check_switches(result, arm)
         rows.append(result["row"])                                 # of the result table
-        lines += result["lines"]
-    main_row = ROW_NAMES.get(cfg.method, cfg.method)
-    return make_report(cfg, run, command, world, rows, main_row, lines)
+        run.done += result["lines"]
+    return make_report(cfg, run, command, world, rows, ROW_NAMES.get(cfg.method, cfg.method))
 
 def make_world(cfg, out, tokenizer):
     """The world of a run, the same for all seeds. Where it cannot be made, one line, and the folder
     `out` goes, unless the run was begun before."""
     try:
-        world = world_of({**asdict(cfg), "splits": cfg.splits})
-        if cfg.data:
-            for question in chain.from_iterable(world.values()):   # are all the words known?
-                tokenizer.prompt(question.text, question.answer)
-        return world
-    except (OSError, ValueError, KeyboardInterrupt) as error:      # such as: not enough pictures
+        with one_line_errors("mstar.py", "nothing is lost", ValueError):   # too few pictures
+            world = world_of({**asdict(cfg), "splits": cfg.splits})
+            if cfg.data:
+                for question in chain.from_iterable(world.values()):
+                    tokenizer.prompt(question.text, question.answer)   # are all the words known?
+            return world
+    except SystemExit:
         if not RANK and not any(out.iterdir()):
             out.rmdir()
-        if isinstance(error, KeyboardInterrupt):
-            print("mstar.py: stopped", file=sys.stderr)
-            sys.exit(130)
-        fail(error)
+        raise
 
 def expected(cfg, arms, base, world):
     """A line of text: the size of the policy, the responses and updates of all arms and, on a CPU,
@@ -634,13 +629,12 @@ def run_arm(cfg, base, pi_0, prm, world, run):
         policy, updates = direct_sft(cfg, base, world, run)
     else:
         policy = self_evolve(cfg, pi_0, prm, world, run)
-        updates = sum(line.get("updates", 0) for line in run.lines if line["arm"] == cfg.method)
+        updates = sum(line.get("updates", 0) for line in run.lines)
     if cfg.method == run.main_method:                              # others are only measured
         save(run.out / "policy.safetensors", policy, world_seed=cfg.world_seed)   # for `check`
     row = evaluate_policy(ROW_NAMES.get(cfg.method, cfg.method), policy, world, cfg.max_new_tokens,
                           direct=cfg.method == "sft")
-    lines = [line for line in run.lines if line["arm"] == cfg.method]
-    return {"row": row, "lines": lines, "updates": updates, "switches": switches_of(cfg)}
+    return {"row": row, "lines": run.lines, "updates": updates, "switches": switches_of(cfg)}
 
 def switches_of(cfg):
     """{switch: value} of an arm."""
@@ -670,10 +664,8 @@ def check_identity(cfg, out, command, program, world, tokenizer):
     path = out / "config.json"                                     # the first file of a run
     if not broadcast(path.exists()):
         write_json(path, {**identity, "command": command})
-    try:
+    with one_line_errors("mstar.py", "take a new --out", ValueError):
         before = read_json(path)                                   # as JSON gives it back
-    except ValueError as error:
-        fail(error)
     # micro_batch may change (memory), and in a table's folder what differs from arm to arm
     free = ("arms", "method", "out", *SWITCHES) if program != "mstar" else ()
     for name, value in identity.items():
@@ -754,11 +746,9 @@ def check(cfg):
     if bool(cfg.data) != bool(cfg.images) or cfg.testbed and not cfg.data:
         fail("--data and --images go together, and --testbed with them")
     if cfg.policy != "scratch":
-        try:
+        with one_line_errors("mstar.py", "--policy names a folder with public weights, or a file "
+                             "that --method base --policy scratch made", ValueError):
             load_policy(cfg.policy, tokenizer_for(cfg.policy))
-        except (OSError, ValueError) as error:
-            fail(f"--policy: {error}; name a folder with public weights, or a file that --method "
-                 "base --policy scratch made")
     if Path(cfg.policy).is_file() and not cfg.data:
         # A base of ours was trained on pictures of its world, but for those of its tests. Tests
         # smaller than full size are the beginnings of the full ones, so they are unseen, too

@@ -19,7 +19,6 @@ import math
 import random
 import time
 from collections import Counter, defaultdict
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -31,10 +30,10 @@ from torch import nn
 
 from data import oracle_of_steps, sound, world_of
 from evaluate import (answer_greedily, as_text, auc, find_answer, gold_of, grade, make_prompts,
-                      one_line_errors, percent, run_command, sample_texts, tokens_of)
-from model import (WORKERS, DecoderBlock, Example, Optimizer, Policy, Sampling, adamw,
-                   available_devices, batches, causal, collate, fit, gather, load_network, my_part,
-                   precision, read_json, seed_for, write_json)
+                      one_line_errors, percent, sample_texts, tokens_of)
+from model import (DecoderBlock, Example, Optimizer, Policy, Sampling, adamw, available_devices,
+                   batches, causal, collate, fit, load_network, precision, read_json, results_of,
+                   run_command, seed_for, write_json)
 from weights.public import tokenizer_for
 
 # ---------------------------------------------------------------- step labels
@@ -103,14 +102,13 @@ class RewardModel(nn.Module):
     be learned.
     It also makes the later steps of longer responses score lower (claim C6). The reasons are those
     of our small policy; public weights get the same network."""
-    BLOCKS = 2
 
     def __init__(self, config, tokenizer):
         super().__init__()
         self.config, self.tokenizer = config, tokenizer
         self.policy = Policy(config, tokenizer).requires_grad_(False)  # pi_0, fixed
         self.enter = nn.Linear(2 * config.width + 1, config.width)
-        self.blocks = nn.ModuleList(DecoderBlock(config) for _ in range(self.BLOCKS))
+        self.blocks = nn.ModuleList(DecoderBlock(config) for _ in range(2))
         self.norm = nn.RMSNorm(config.width, eps=1e-5)
         self.head = nn.Linear(config.width, 1)
         self.share = nn.Parameter(torch.full((1,), 0.1))           # of the log-probability so far
@@ -207,10 +205,9 @@ def score(prm, prompts, responses, rows=128):
         return logits.cpu().double().sigmoid()
 
     scores = {}
-    with ThreadPoolExecutor(WORKERS if prm.device.type == "cpu" else 1) as pool:
-        for part, of_part in zip(parts, gather(list(pool.map(score_part, my_part(parts))))):
-            for (q, tokens), of_tokens in zip(part, of_part):                          # (T,)
-                scores[q, tokens] = of_tokens[prm.tokenizer.step_ends(tokens)].tolist()
+    for part, of_part in zip(parts, results_of(score_part, parts, prm.device)):
+        for (q, tokens), of_tokens in zip(part, of_part):          # (T,)
+            scores[q, tokens] = of_tokens[prm.tokenizer.step_ends(tokens)].tolist()
     return [[scores[q, tuple(tokens)] for tokens in group] for q, group in enumerate(responses)]
 
 def reward_of(steps):
@@ -294,9 +291,8 @@ def audit(pi_0, prm, labels, labeled, questions, max_new_tokens, n=16):
     for question, group, sampled, of_group in zip(questions, texts, responses, scores):
         rewards = list(map(reward_of, of_group))                   # R_p
         likely = [sum(response.log_probs) for response in sampled]  # of whole responses
-        for name, is_correct in verify(question, group, rewards, likely).items():
-            numbers[name].append(is_correct)
-        for name, number in compare_top_2(question, group, rewards, likely).items():
+        found = verify(question, group, rewards, likely)
+        for name, number in (found | compare_top_2(question, group, rewards, likely)).items():
             numbers[name].append(number)
         if not question.facts:                                     # no oracle
             continue

@@ -22,9 +22,10 @@ from PIL import Image
 
 from data import oracle_of_steps, sound
 from evaluate import (columns_of, format_table, grade, make_prompts, one_line_errors, paired_gain,
-                      percent, points, run_command, sample_texts, testbeds_of, tokens_of,
-                      unique_correct, with_official)
-from model import WORKERS, Sampling, pixels_of, read_json, seed_for, write_json, write_whole
+                      percent, points, sample_texts, testbeds_of, tokens_of, unique_correct,
+                      with_official)
+from model import (WORKERS, Sampling, pixels_of, read_json, run_command, seed_for, write_json,
+                   write_whole)
 from prm import label_responses, score
 
 FOLDER = Path(__file__).parent
@@ -46,26 +47,24 @@ def print_line(line):
         parts.append(f"kept {line['num_kept']:,} of {line['num_unique_correct']:,} unique correct")
     print(f"{', '.join(parts)}, {line['seconds']:.0f} s", flush=True)
 
-def make_report(cfg, run, command, world, rows, main_row, lines):
+def make_report(cfg, run, command, world, rows, main_row):
     """report.json: all numbers that tables, figures and the page show. main_row: the name of the
     main method's row."""
-    my_row = next((row for row in rows if row["name"] == main_row), None)
-    others = [row for row in rows if my_row and row is not my_row]
+    mine = next(row for row in rows if row["name"] == main_row)
     chip = torch.cuda.get_device_name() if run.device == "cuda" else platform.machine()
     seconds = {name: round(about["seconds"], 1) for name, about in run.about.items()}
-    audited = run.about.get("audit")
     return {"command": command, "config": asdict(cfg), "method": cfg.method, "seed": cfg.seed,
             "device": f"{run.device}, {chip}, {WORKERS} worker{'s' * (WORKERS > 1)}",
             "versions": {"python": platform.python_version(), "torch": torch.__version__,
                          "numpy": np.__version__},
             "seconds": round(sum(seconds.values()), 1), "stages": seconds, "rows": rows,
-            "mine": main_row, "iterations": lines,
+            "mine": main_row, "iterations": run.done,
             "updates": {name.removeprefix("arm "): about["updates"]
                         for name, about in run.about.items() if "updates" in about},
-            "audit": audited and audited["by_question"],
+            "audit": run.about.get("audit", {}).get("by_question"),
             "tasks": " ".join(question.task for question in world["test"]),
             "questions": seed_for(0, [world[split] for split in ("test", *testbeds_of(world))]),
-            "gain_over": {row["name"]: paired_gain(my_row, row) for row in others}}
+            "gain_over": {row["name"]: paired_gain(mine, row) for row in rows if row is not mine}}
 
 def print_report(report):
     """The result of a run on screen: table, how sound and true texts are, last the main gain."""

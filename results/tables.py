@@ -23,8 +23,8 @@ import numpy as np
 
 import mstar
 from data import TASKS, TESTBEDS
-from evaluate import columns_of, correct_in, one_line_errors, run_command
-from model import read_json, write_json
+from evaluate import columns_of, correct_in, one_line_errors
+from model import read_json, run_command, write_json
 from results.report import line_chart, write_html
 
 # The rows of each table: arm -> its words and the paper's numbers (ID, OOD, in Table 4 also by
@@ -104,14 +104,13 @@ def make_table(name, reports, command):
     arms = []
     for report in reports:
         for arm, about in TABLES[name].items():
-            paper = about["paper"][report["size"]] if name == "table5" else about["paper"]
+            paper = [about["paper"][report["size"]]] if name == "table5" else about["paper"]
             row_name = mstar.ROW_NAMES.get(arm, arm)
             row = next(row for row in report["rows"] if row["name"] == row_name)
             lines = [line for line in report["iterations"] if line["arm"] == arm]
             warmup = 0 if arm in ("base", "pi_0", "sft") else report["updates"]["pi_0"]
             arms.append({"arm": arm, "words": about["words"], "size": report["size"],
-                         "seed": report["seed"], "row": row,
-                         "paper": [paper] if name == "table5" else paper,
+                         "seed": report["seed"], "row": row, "paper": paper,
                          "iterations": lines, "updates": warmup + report["updates"].get(arm, 0),
                          "responses": sum(line.get("num_responses", 0) for line in lines)})
     claims = []

@@ -87,8 +87,7 @@ class Serial:
 @pytest.fixture
 def elsewhere(monkeypatch):
     """A function that moves a network there."""
-    for module in (model, prm):
-        monkeypatch.setattr(module, "ThreadPoolExecutor", Serial)
+    monkeypatch.setattr(model, "ThreadPoolExecutor", Serial)
 
     def move(network):
         for part in network.modules():
