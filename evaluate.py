@@ -96,6 +96,11 @@ def share_unsound(questions, responses):
         return None
     return sum(not sound(questions[i], text) for i, text in responses) / len(responses)
 
+def sound_accuracy(row):
+    """Share of the test questions that are answered correctly, and by a `sound` text: what the
+    reward by answers cannot see. None: not known."""
+    return None if row["unsound"] is None else row["id"]["all"] * (1 - row["unsound"])
+
 def correct_in(letters):
     """(questions,) 1.0 where the answer is correct, from the letters of a row's `graded`."""
     return np.array([letter == "c" for letter in letters], float)

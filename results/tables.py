@@ -23,7 +23,7 @@ import numpy as np
 
 import mstar
 from data import TASKS, TESTBEDS
-from evaluate import columns_of, correct_in, one_line_errors
+from evaluate import columns_of, correct_in, one_line_errors, sound_accuracy
 from model import read_json, run_command, write_json
 from results.report import line_chart, write_html
 
@@ -307,11 +307,11 @@ def format_table(result):
     for (size, _), arms in groups.items():
         ours = [mean_percent(arms, lambda arm: columns_of(arm["row"])[one]) for one in columns]
         if has_unsound:
-            ours.append(mean_percent(arms, lambda arm: arm["row"]["unsound"]))
+            ours.append(mean_percent(arms, lambda arm: sound_accuracy(arm["row"])))
         rows.append([f"{size}: " * (name == "table5") + arms[0]["words"],
                      *map("{:.1f}".format, ours), *arms[0]["paper"],
                      f"{arms[0]['responses']:,}", f"{arms[0]['updates']:,}"])
-    ours = [*columns, *["unsound, of correct"] * has_unsound]
+    ours = [*columns, *["ID, sound"] * has_unsound]
     lines = markdown([f"{name}, %", *ours, *theirs, "responses", "updates"], rows)
     for arms in groups.values() if name == "dynamics" else ():
         k, rows = arms[0]["iterations"][0]["k"], []

@@ -10,7 +10,7 @@ import pytest
 
 import evaluate
 from data import TESTBEDS, build_world
-from evaluate import correct_in
+from evaluate import correct_in, sound_accuracy
 from model import read_json
 from results.tables import format_table, run_intervals, verdict
 
@@ -99,6 +99,29 @@ def test_accuracies_by_template_are_those_of_the_committed_runs():
     (a, b, c), (x, y, z) = spread
     assert f"{a} points with `continuous`, {b} with + PRM re-rank, {c} with M-STaR" in text
     assert f"it would be {x}, {y} and {z}." in text
+
+def over_seeds(gains):
+    """Mean and 95 % interval by Student's t, of a number per seed, in points."""
+    half = {3: 4.303, 5: 2.776, 8: 2.365}[len(gains)] * np.std(gains, ddof=1) / len(gains) ** 0.5
+    return points((mean(gains), mean(gains) - half, mean(gains) + half))
+
+def test_what_is_correct_and_sound_is_what_was_measured():
+    controls = read_json(RESULTS / "cpu-controls.json")
+    runs = {"main: the oracle's filter, then Top-2": controls["arms"]["oracle_filter"],
+            "Table 2: two likeliest": runs_of_eight_seeds()["likelihood"]}
+    for name, table in (("main", "main"), ("Table 1", "table1"), ("Table 2", "table2")):
+        for arm in read_json(RESULTS / f"cpu-{table}.json")["arms"]:
+            runs.setdefault(f"{name}: {arm['words']}", []).append(arm)
+    text = READMES[1].read_text()
+    for pair, cells in first_table(text[text.index("### Correct and sound"):]).items():
+        better, _, worse = pair.partition(" over ")
+        rows = [(a["row"], b["row"]) for a, b in
+                zip(runs[better], runs[f"{pair.partition(': ')[0]}: {worse}"])]
+        sound = [sound_accuracy(a) - sound_accuracy(b) for a, b in rows]
+        accuracy = np.mean([correct_in(a["graded"]["test"]) - correct_in(b["graded"]["test"])
+                            for a, b in rows])
+        assert cells == [f"{100 * accuracy:+.1f}", over_seeds(sound),
+                         ", ".join(f"{100 * gain:+.1f}" for gain in sound)]
 
 def test_what_is_unsound_is_what_was_measured():
     arms = read_json(RESULTS / "cpu-templates.json")["why_unsound"]["arms"].values()

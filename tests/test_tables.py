@@ -276,14 +276,15 @@ def test_a_table_holds_what_the_runs_did_beside_the_paper():
     assert cells_of(text, "SFT") == ["45.0", "45.0", "44.3", "54.8", "0", "17"]
     assert "`the command`: 2 seeds, 4 minutes on cpu" in text and "questions and seeds" in text
 
-def test_a_table_says_how_much_of_what_is_correct_is_unsound():
+def test_a_table_says_how_much_is_correct_and_sound():
     report = made_up_report(0)
     for i, row in enumerate(report["rows"]):
         row["unsound"] = i / 100
     result = make_table("table1", [report], "")
     head, _, *lines = format_table(result).splitlines()
-    assert head.split(" | ")[3] == "unsound, of correct"
-    assert cells_of("\n".join(lines), "pi_0 (warm-up)")[2] == "1.0"
+    assert head.split(" | ")[3] == "ID, sound"
+    id, _, sound, *_ = cells_of("\n".join(lines), "pi_0 (warm-up)")
+    assert sound == f"{float(id) * 0.99:.1f}" != id
 
 def test_tables_with_other_columns():
     text = format_table(make_table("table4", [made_up_report(0)], ""))
