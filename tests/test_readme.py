@@ -60,7 +60,9 @@ def test_the_result_table_is_what_the_committed_runs_measured():
         for splits in (["test"], TESTBEDS):
             groups = [graded(MINE, split) - graded(name, split) for split in splits]
             gains.append(points((np.mean(groups), *run_intervals(groups))))
-        levels = [f"{100 * mean(row[where]['all'] for row in rows):.1f}" for where in ("id", "ood")]
+        levels = [f"{100 * mean(values):.1f}" for values in (
+            [row["id"]["all"] for row in rows], list(map(sound_accuracy, rows)),
+            [row["ood"]["all"] for row in rows])]
         expected[name] = levels + (["", ""] if name == MINE else gains)
     text = READMES[0].read_text()
     assert first_table(text[text.index("## What came out"):]) == expected
@@ -112,7 +114,7 @@ def test_what_is_correct_and_sound_is_what_was_measured():
     for name, table in (("main", "main"), ("Table 1", "table1"), ("Table 2", "table2")):
         for arm in read_json(RESULTS / f"cpu-{table}.json")["arms"]:
             runs.setdefault(f"{name}: {arm['words']}", []).append(arm)
-    text = READMES[1].read_text()
+    text, shown = READMES[1].read_text(), {}
     for pair, cells in first_table(text[text.index("### Correct and sound"):]).items():
         better, _, worse = pair.partition(" over ")
         rows = [(a["row"], b["row"]) for a, b in
@@ -122,6 +124,15 @@ def test_what_is_correct_and_sound_is_what_was_measured():
                             for a, b in rows])
         assert cells == [f"{100 * accuracy:+.1f}", over_seeds(sound),
                          ", ".join(f"{100 * gain:+.1f}" for gain in sound)]
+        shown[pair] = cells[1]
+    for pair, words in (("main: continuous over pi_0 (warm-up)", "pi_0 ({} points)"),
+                        ("main: + PRM re-rank over pi_0 (warm-up)", "+ PRM re-rank gains {} and"),
+                        ("main: M-STaR over pi_0 (warm-up)", "M-STaR {} (intervals")):
+        assert words.format(shown[pair]) in READMES[0].read_text()
+    by_chance = [shown[f"Table 2: {arm} over Random-2, no PRM"].split()[0][1:]
+                 for arm in ("Top-2", "two likeliest")]
+    assert ("Top-2 is {} points over two by chance there; the two that pi_0 finds likeliest are {} "
+            "over them").format(*by_chance) in READMES[0].read_text()
 
 def test_what_is_unsound_is_what_was_measured():
     arms = read_json(RESULTS / "cpu-templates.json")["why_unsound"]["arms"].values()
