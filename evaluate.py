@@ -42,7 +42,8 @@ def testbeds_of(world):
 def evaluate_policy(name, policy, world, max_new_tokens, direct=False):
     """A row of the result table, of greedy responses (`direct`: asked for the answer alone):
         name
-        id           {all, FQA, ...}: accuracy on the test, by task
+        id           {all, sound, FQA, ...}: accuracy on the test; that part of it which has a
+                     `sound` text (the reward by answers cannot see it); accuracy by task
         ood          {style, ..., all}: accuracy on each testbed, and on all of them
         ci95         {id, ood}: the same as bootstrap intervals over questions
         unparseable  share of the responses to the test
@@ -51,7 +52,7 @@ def evaluate_policy(name, policy, world, max_new_tokens, direct=False):
         graded       {split: a letter per question: c correct, w wrong, u unparseable}
         official     {ood, ci95} by MathVista's rules
     Shares are in [0, 1]; None is not known."""
-    beds, unsound = testbeds_of(world), None
+    beds, is_sound, unsound = testbeds_of(world), None, None
     graded, readings, official = {}, {}, {}                        # of each split
     for split in ("test", *beds):
         questions = world[split]
@@ -59,13 +60,16 @@ def evaluate_policy(name, policy, world, max_new_tokens, direct=False):
                                         direct)
         graded[split] = "".join(outcome[0] for outcome in grades)  # their first letters
         readings[split] = true_readings(questions, texts)
-        if split == "test":
-            correct = [(i, text) for i, text in enumerate(texts) if grades[i] == "correct"]
-            unsound = share_unsound(questions, correct)
-        elif questions[0].record:
+        if split == "test" and questions[0].facts:                 # there is an oracle
+            is_sound = np.array([outcome == "correct" and sound(question, text) for
+                                 question, text, outcome in zip(questions, texts, grades)], float)
+        if split != "test" and questions[0].record:
             scores = [officially_correct(text, q.record) for q, text in zip(questions, texts)]
             official[split] = np.array(scores, float)              # (questions,)
     on_test = {"all": correct_in(graded["test"])}                  # column -> (questions,) 0 or 1
+    if is_sound is not None:
+        on_test["sound"], number = is_sound, on_test["all"].sum()
+        unsound = float((number - is_sound.sum()) / number) if number else None
     for task in TASKS:
         of_task = [question.task == task for question in world["test"]]
         if any(of_task) and task not in beds:                      # else the testbed's column
@@ -95,11 +99,6 @@ def share_unsound(questions, responses):
     if not responses or not questions[0].facts:
         return None
     return sum(not sound(questions[i], text) for i, text in responses) / len(responses)
-
-def sound_accuracy(row):
-    """Share of the test questions that are answered correctly, and by a `sound` text: what the
-    reward by answers cannot see. None: not known."""
-    return None if row["unsound"] is None else row["id"]["all"] * (1 - row["unsound"])
 
 def correct_in(letters):
     """(questions,) 1.0 where the answer is correct, from the letters of a row's `graded`."""

@@ -22,8 +22,8 @@ from PIL import Image
 
 from data import oracle_of_steps, sound
 from evaluate import (columns_of, format_table, grade, make_prompts, one_line_errors, paired_gain,
-                      percent, points, sample_texts, sound_accuracy, testbeds_of, tokens_of,
-                      unique_correct, with_official)
+                      percent, points, sample_texts, testbeds_of, tokens_of, unique_correct,
+                      with_official)
 from model import (WORKERS, Sampling, pixels_of, read_json, run_command, seed_for, write_json,
                    write_whole)
 from prm import label_responses, score
@@ -71,10 +71,9 @@ def print_report(report):
     print(f"\n{format_table(report['rows'])}\n")
     none = "not known" if report["config"]["data"] else "-"        # "-": there was none
     for row in report["rows"]:
-        sound, readings = (percent(share, none)
-                           for share in (sound_accuracy(row), row["readings"]["test"]))
-        print(f"{row['name']}: correct and sound {sound}, unparseable "
-              f"{percent(row['unparseable'])}, readings true {readings}")
+        unsound, readings = percent(row["unsound"], none), percent(row["readings"]["test"], none)
+        print(f"{row['name']}: unparseable {percent(row['unparseable'])}, unsound (of the correct) "
+              f"{unsound}, readings true {readings}")
     stages = ", ".join(f"{name} {s / 60:.1f}" for name, s in report["stages"].items())
     print(f"{report['seconds'] / 60:.1f} minutes on {report['device']}: {stages}")
     others = sorted(report["gain_over"], key=lambda name: name.startswith("pi_0"))     # pi_0 last

@@ -23,7 +23,7 @@ import numpy as np
 
 import mstar
 from data import TASKS, TESTBEDS
-from evaluate import columns_of, correct_in, one_line_errors, sound_accuracy
+from evaluate import columns_of, correct_in, one_line_errors
 from model import read_json, run_command, write_json
 from results.report import line_chart, write_html
 
@@ -343,6 +343,10 @@ FIGURES = {"greedy": lambda line: line["greedy_accuracy"],         # curves, of 
            **{f"pass@k, T = {t}": lambda line, t=t: line["watched"]["surface"][t]["pass_at_k"]
               for t in ("0.5", "1.0", "1.5")},
            "Reward-Pass@2": lambda line: line["reward_pass_at_2"]}
+
+def sound_accuracy(row):
+    """The share of the test questions that are answered correctly, by a sound text."""
+    return row["id"]["all"] * (1 - row["unsound"])
 
 def watched(runs):
     """The iterations after which all temperatures were measured: each one of all runs together."""

@@ -14,12 +14,13 @@ import torch
 
 import evaluate
 from data import TASKS, TESTBEDS, Question, build_world, write_reasoning
-from evaluate import (Look, answer_greedily, auc, best_temperature, bootstrap_interval, compare,
-                      evaluate_policy, find_answer, format_table, grade, make_prompts,
+from evaluate import (Look, answer_greedily, auc, best_temperature, bootstrap_interval, columns_of,
+                      compare, evaluate_policy, find_answer, format_table, grade, make_prompts,
                       one_line_errors, paired_gain, pass_at_k, pass_metrics, percent, points,
                       reward_pass_at_k, sample_texts)
 from model import Policy, Response, Sampling, pixels_of, read_json, sample, save, write_json
 from mstar import Config
+from results.tables import sound_accuracy
 
 # ---------------------------------------------------------------- grades
 
@@ -162,7 +163,8 @@ def test_a_row_holds_what_it_says(policy, world, monkeypatch):
 
     monkeypatch.setattr(evaluate, "answer_greedily", known)
     row = evaluate_policy("known", policy, world, 5)
-    assert row["id"] == {"all": 0.2, "FQA": 1.0, "GPS": 0.0, "MWP": 0.0, "TQA": 0.0, "VQA": 0.0}
+    assert row["id"] == {"all": 0.2, "sound": 0.0, "FQA": 1.0,
+                         "GPS": 0.0, "MWP": 0.0, "TQA": 0.0, "VQA": 0.0}
     assert row["ood"]["style"] == 0.2 and row["ood"]["size"] == 0
     assert isclose(row["ood"]["all"], 0.04)
     assert row["unparseable"] == 0 and row["unsound"] == 1 and row["readings"]["test"] is None
@@ -173,8 +175,8 @@ def test_a_row_holds_what_it_says(policy, world, monkeypatch):
     low, high = row["ci95"]["id"]["all"]
     assert 0.05 < low < 0.2 < high < 0.35
     head, line = format_table([row]).splitlines()
-    assert head.split() == ["ID", *TASKS, *TESTBEDS, "OOD"]
-    assert line.split()[1:3] == ["20.0", "100.0"]
+    assert head.split() == ["ID", "sound", *TASKS, *TESTBEDS, "OOD"]
+    assert line.split()[1:4] == ["20.0", "0.0", "100.0"]
     assert line.split()[0] == "known" and line.split()[-1] == "4.0"
 
 def test_unparseable_is_counted_apart_from_wrong(policy, world, monkeypatch):
@@ -211,6 +213,10 @@ def test_a_row_says_what_is_unsound_and_what_is_seen(policy, world, monkeypatch)
     monkeypatch.setattr(evaluate, "sample_texts", texts)
     row = evaluate_policy("any", policy, world, 5)
     assert row["unsound"] == 0.5 and row["id"]["all"] == pytest.approx(2 / 3)
+    assert row["id"]["sound"] == pytest.approx(1 / 3) == sound_accuracy(row)
+    low, high = row["ci95"]["id"]["sound"]
+    assert 0.1 < low < 1 / 3 < high < 0.6
+    assert list(columns_of(row))[:3] == ["ID", "sound", "FQA"]
     true = sum(len(re.findall(" is ", write_reasoning(question, random.Random(0))))
                for question in world["test"][::3])
     assert row["readings"]["test"] == (true + 20) / (true + 40)

@@ -10,9 +10,9 @@ import pytest
 
 import evaluate
 from data import TESTBEDS, build_world
-from evaluate import correct_in, sound_accuracy
+from evaluate import correct_in
 from model import read_json
-from results.tables import format_table, run_intervals, verdict
+from results.tables import format_table, run_intervals, sound_accuracy, verdict
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "results"

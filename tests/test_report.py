@@ -400,12 +400,12 @@ def test_the_last_line_on_screen_is_the_gain_over_pi_0(run_folder, capsys):
                              "continuous": {"id": [0.3, 0.2, 0.4], "ood": [0, -0.1, 0.1]}}
     report.print_report(finished)
     lines = capsys.readouterr().out.splitlines()
-    assert "M-STaR: correct and sound 46.9 %, unparseable 12.5 %, readings true 99.0 %" in lines
+    assert ("M-STaR: unparseable 12.5 %, unsound (of the correct) 6.2 %, readings true 99.0 %"
+            ) in lines
     assert lines[-5].endswith("base 1.0, arm mstar 0.5")
     for files, word in (("", "-"), ("train.json", "not known")):   # of nothing; without an oracle
         finished["rows"][0] |= {"unsound": None, "readings": {"test": None}}
         report.print_report({**finished, "config": {"data": files}})
-        assert f": correct and sound {word}, unparseable 12.5 %, readings true {word}\n" in (
-            capsys.readouterr().out)
+        assert f"unsound (of the correct) {word}, readings true {word}\n" in capsys.readouterr().out
     assert lines[-1] == f"M-STaR over {PI_0}, in domain: +10.0 points [+0.0, +20.0]"
     assert lines[-2].startswith("M-STaR over continuous, in domain")
