@@ -42,34 +42,32 @@ def testbeds_of(world):
 def evaluate_policy(name, policy, world, max_new_tokens, direct=False):
     """A row of the result table, of greedy responses (`direct`: asked for the answer alone):
         name
-        id           {all, sound, FQA, ...}: accuracy on the test; that part of it which has a
-                     `sound` text (the reward by answers cannot see it); accuracy by task
+        id           {all, sound, FQA, ...}: accuracy on the test; the share that is correct by a
+                     `sound` text, which the reward by answers cannot see; accuracy by task
         ood          {style, ..., all}: accuracy on each testbed, and on all of them
         ci95         {id, ood}: the same as bootstrap intervals over questions
         unparseable  share of the responses to the test
         unsound      share of the correct responses to the test, by the oracle
         readings     {split: share of the written readings that are true}: how well it sees
-        graded       {split: a letter per question: c correct, w wrong, u unparseable}
+        graded       {split: a letter per question, see `letters_of`}
         official     {ood, ci95} by MathVista's rules
     Shares are in [0, 1]; None is not known."""
-    beds, is_sound, unsound = testbeds_of(world), None, None
+    beds, unsound = testbeds_of(world), None
     graded, readings, official = {}, {}, {}                        # of each split
     for split in ("test", *beds):
         questions = world[split]
         texts, grades = answer_greedily(policy, questions, max_new_tokens, f"{name}: {split}",
                                         direct)
-        graded[split] = "".join(outcome[0] for outcome in grades)  # their first letters
+        graded[split] = letters_of(questions, texts, grades)
         readings[split] = true_readings(questions, texts)
-        if split == "test" and questions[0].facts:                 # there is an oracle
-            is_sound = np.array([outcome == "correct" and sound(question, text) for
-                                 question, text, outcome in zip(questions, texts, grades)], float)
         if split != "test" and questions[0].record:
             scores = [officially_correct(text, q.record) for q, text in zip(questions, texts)]
             official[split] = np.array(scores, float)              # (questions,)
     on_test = {"all": correct_in(graded["test"])}                  # column -> (questions,) 0 or 1
-    if is_sound is not None:
-        on_test["sound"], number = is_sound, on_test["all"].sum()
-        unsound = float((number - is_sound.sum()) / number) if number else None
+    if world["test"][0].facts:                                     # there is an oracle
+        on_test["sound"] = correct_in(graded["test"], "s")
+        if on_test["all"].any():
+            unsound = float(1 - on_test["sound"].sum() / on_test["all"].sum())
     for task in TASKS:
         of_task = [question.task == task for question in world["test"]]
         if any(of_task) and task not in beds:                      # else the testbed's column
@@ -100,9 +98,18 @@ def share_unsound(questions, responses):
         return None
     return sum(not sound(questions[i], text) for i, text in responses) / len(responses)
 
-def correct_in(letters):
+def letters_of(questions, texts, grades):
+    """A letter per question: s correct, by a `sound` text; c correct, but unsound or without an
+    oracle; w wrong; u unparseable."""
+    letters = ""
+    for question, text, outcome in zip(questions, texts, grades):
+        is_sound = outcome == "correct" and question.facts and sound(question, text)
+        letters += "s" if is_sound else outcome[0]
+    return letters
+
+def correct_in(letters, these="sc"):
     """(questions,) 1.0 where the answer is correct, from the letters of a row's `graded`."""
-    return np.array([letter == "c" for letter in letters], float)
+    return np.array([letter in these for letter in letters], float)
 
 def accuracies(columns, with_all=False):
     """{column: (questions,) 0 or 1} -> ({column: accuracy}, {column: interval}); `with_all` has a
@@ -370,13 +377,19 @@ def bootstrap_interval(*groups, draws=2000):
     drawn = np.average(drawn, axis=0, weights=list(map(len, groups)))                  # (draws,)
     return np.percentile(drawn, [2.5, 97.5]).tolist()
 
+GAINS = {"ood": "out of domain", "sound": "correct and sound", "id": "in domain"}      # as shown
+
 def paired_gain(row, other):
     """How much a row of the result table beats another on the same questions: {id: [gain, low,
-    high], ood: [gain, low, high]}, in shares of 1."""
-    gains = {}
-    for key, splits in (("id", ["test"]), ("ood", testbeds_of(row["graded"]))):
-        groups = [correct_in(row["graded"][split]) - correct_in(other["graded"][split])
-                  for split in splits]
+    high], ood: [gain, low, high]}, in shares of 1; and `sound`, of answers to the test that are
+    correct and sound, if both have any."""
+    gains, tests = {}, {"id": ["test"], "ood": testbeds_of(row["graded"])}
+    if all("s" in one["graded"]["test"] for one in (row, other)):
+        tests["sound"] = ["test"]
+    for key, splits in tests.items():
+        letters = "s" if key == "sound" else "sc"
+        groups = [correct_in(row["graded"][split], letters)
+                  - correct_in(other["graded"][split], letters) for split in splits]
         if groups:
             mean = float(np.concatenate(groups).mean())
             gains[key] = [mean, *bootstrap_interval(*groups)]
@@ -500,7 +513,7 @@ def print_comparison(rows, gains):
     """What `compare` returns, on screen: in domain last."""
     print(format_table(rows))
     for name, gain in gains.items():
-        for key, where in (("ood", "out of domain"), ("id", "in domain")):
+        for key, where in GAINS.items():
             if key in gain:
                 print(f"{name} over {rows[0]['name']}, {where}: {points(gain[key])}")
 

@@ -21,9 +21,9 @@ import torch
 from PIL import Image
 
 from data import oracle_of_steps, sound
-from evaluate import (columns_of, format_table, grade, make_prompts, one_line_errors, paired_gain,
-                      percent, points, sample_texts, testbeds_of, tokens_of, unique_correct,
-                      with_official)
+from evaluate import (GAINS, columns_of, format_table, grade, make_prompts, one_line_errors,
+                      paired_gain, percent, points, sample_texts, testbeds_of, tokens_of,
+                      unique_correct, with_official)
 from model import (WORKERS, Sampling, pixels_of, read_json, run_command, seed_for, write_json,
                    write_whole)
 from prm import label_responses, score
@@ -77,7 +77,7 @@ def print_report(report):
     stages = ", ".join(f"{name} {s / 60:.1f}" for name, s in report["stages"].items())
     print(f"{report['seconds'] / 60:.1f} minutes on {report['device']}: {stages}")
     others = sorted(report["gain_over"], key=lambda name: name.startswith("pi_0"))     # pi_0 last
-    for key, where in (("ood", "out of domain"), ("id", "in domain")):
+    for key, where in GAINS.items():
         for name in others:
             if gain := report["gain_over"][name].get(key):
                 print(f"{report['mine']} over {name}, {where}: {points(gain)}")
@@ -188,8 +188,8 @@ def html_head(report, config, lines):
                                               for value, (low, high) in pairs)])
     gains = []
     for name, gain in report["gain_over"].items():
-        out = f", {points(gain['ood'])} out" if "ood" in gain else ""
-        gains.append(f"<li>over {escape(name)}: {points(gain['id'])} in domain{out}")
+        kinds = [f"{points(gain[key])} {GAINS[key]}" for key in reversed(GAINS) if key in gain]
+        gains.append(f"<li>over {escape(name)}: {', '.join(kinds)}")
     return (f"<h1>{escape(row['name'])}: {percent(row['id']['all'])} in domain</h1>"
             f"<p>{report['seconds'] / 60:.1f} minutes on {escape(report['device'])}, preset "
             f"{escape(config['preset'])}, seed {report['seed']}. In brackets: 95 % intervals over "

@@ -15,9 +15,9 @@ import torch
 import evaluate
 from data import TASKS, TESTBEDS, Question, build_world, write_reasoning
 from evaluate import (Look, answer_greedily, auc, best_temperature, bootstrap_interval, columns_of,
-                      compare, evaluate_policy, find_answer, format_table, grade, make_prompts,
-                      one_line_errors, paired_gain, pass_at_k, pass_metrics, percent, points,
-                      reward_pass_at_k, sample_texts)
+                      compare, correct_in, evaluate_policy, find_answer, format_table, grade,
+                      make_prompts, one_line_errors, paired_gain, pass_at_k, pass_metrics, percent,
+                      points, reward_pass_at_k, sample_texts)
 from model import Policy, Response, Sampling, pixels_of, read_json, sample, save, write_json
 from mstar import Config
 from results.tables import sound_accuracy
@@ -147,6 +147,13 @@ def test_a_gain_out_of_domain_is_the_mean_over_testbeds():
     better = {"graded": {**wrong, "style": "c" * 20}}              # of five testbeds
     assert paired_gain(better, {"graded": wrong}) == {"id": [0, 0, 0], "ood": [0.2, 0.2, 0.2]}
 
+def test_a_gain_in_sound_answers_is_known_where_both_say_which_are_sound():
+    sound, unsound = {"graded": {"test": "sssw" * 9}}, {"graded": {"test": "sccw" * 9}}
+    nobody_knows = {"graded": {"test": "cccw" * 9}}
+    gain = paired_gain(sound, unsound)
+    assert gain["id"] == [0, 0, 0] and gain["sound"][0] == 0.5 > gain["sound"][1] > 0.3
+    assert paired_gain(sound, nobody_knows) == {"id": [0, 0, 0]}
+
 # ---------------------------------------------------------------- a row of the result table
 
 def test_a_row_holds_what_it_says(policy, world, monkeypatch):
@@ -213,7 +220,9 @@ def test_a_row_says_what_is_unsound_and_what_is_seen(policy, world, monkeypatch)
     monkeypatch.setattr(evaluate, "sample_texts", texts)
     row = evaluate_policy("any", policy, world, 5)
     assert row["unsound"] == 0.5 and row["id"]["all"] == pytest.approx(2 / 3)
+    assert row["graded"]["test"] == "scw" * 20
     assert row["id"]["sound"] == pytest.approx(1 / 3) == sound_accuracy(row)
+    assert correct_in("scwu").tolist() == [1, 1, 0, 0]
     low, high = row["ci95"]["id"]["sound"]
     assert 0.1 < low < 1 / 3 < high < 0.6
     assert list(columns_of(row))[:3] == ["ID", "sound", "FQA"]

@@ -392,6 +392,8 @@ def test_a_run_on_our_world_as_files_is_the_same_run(tmp_path):
     for mine, other in zip(ours["rows"], theirs["rows"], strict=True):
         assert other["unsound"] is None and set(other["readings"].values()) == {None}
         del mine["id"]["sound"], mine["ci95"]["id"]["sound"]
+        for split, letters in mine["graded"].items():
+            mine["graded"][split] = letters.replace("s", "c")      # which are sound, nobody knows
         assert {**mine, "unsound": None, "readings": other["readings"], "seconds": 0} == \
             {**other, "seconds": 0}
     assert any("c" in row["graded"]["test"] for row in ours["rows"])
