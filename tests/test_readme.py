@@ -131,7 +131,7 @@ def test_what_is_correct_and_sound_is_what_was_measured():
         assert words.format(shown[pair]) in READMES[0].read_text()
     by_chance = [shown[f"Table 2: {arm} over Random-2, no PRM"].split()[0][1:]
                  for arm in ("Top-2", "two likeliest")]
-    assert ("Top-2 is {} points over two by chance there; the two that pi_0 finds likeliest are {} "
+    assert ("Top-2 is {} points over two by chance; the two that pi_0 finds likeliest are {} "
             "over them").format(*by_chance) in READMES[0].read_text()
 
 def test_what_is_unsound_is_what_was_measured():
@@ -365,35 +365,60 @@ def test_what_the_base_sees_is_what_was_measured():
     text = READMES[1].read_text()
     assert first_table(text[text.index("## The base"):]) == seen
 
+def runs_of_bases():
+    """base -> its runs, {name: row}: of base 0 the main job's, of "0, Table 2" that table's."""
+    runs = {"0": [{} for _ in MAIN["seeds"]], "0, Table 2": [{} for _ in MAIN["seeds"]]}
+    for arm in MAIN["arms"]:
+        runs["0"][arm["seed"]][arm["row"]["name"]] = arm["row"]
+    for arm in ("continuous", "random_2", "prm", "likelihood"):
+        for seed, run in enumerate(runs_of_eight_seeds()[arm]):
+            name = {"prm": "+ PRM re-rank"}.get(arm, arm)
+            runs["0, Table 2"][seed][name] = run["row"]
+    for base, about in read_json(RESULTS / "cpu-bases.json")["bases"].items():
+        runs[base] = [{row["name"]: row for row in run["rows"]} for run in about["runs"].values()]
+    return runs
+
 def test_what_other_bases_do_is_what_was_measured():
-    bases = {"0": {name: rows_of(name) for name in ("base", *OTHERS, MINE)}}   # base -> its rows
-    for seed, base in read_json(RESULTS / "cpu-bases.json")["bases"].items():
-        bases[seed] = {row["name"]: [row] for row in base["rows"]}
-    text = READMES[1].read_text()
+    runs, text = runs_of_bases(), READMES[1].read_text()
+    of_table_2 = runs.pop("0, Table 2")
     text = text[text.index("### Other bases"):]
     shown = first_table(text)
-    assert shown.keys() == bases.keys()
-    for seed, cells in shown.items():
+    assert shown.keys() == runs.keys()
+    for base, cells in shown.items():
         expected = []
         for name in ("base", "pi_0 (warm-up)", "continuous", "+ PRM re-rank", MINE):
-            expected += [f"{100 * mean(row[where]['all'] for row in bases[seed][name]):.1f}"
+            expected += [f"{100 * mean(run[name][where]['all'] for run in runs[base]):.1f}"
                          for where in ("id", "ood")]
         assert cells == expected
-
-    def correct(rows, split):                                      # mean over seeds: (questions,)
-        return np.mean([correct_in(row["graded"][split]) for row in rows], axis=0)
-
-    for pair, (in_domain, by_base, out_of_it) in first_table(
-            text[text.index("| points, with"):]).items():
-        better, worse = ([rows[name] for rows in bases.values()] for name in pair.split(" over "))
-        for splits, cell in ((["test"], in_domain), (TESTBEDS, out_of_it)):
-            groups = [np.array([correct(a, split) - correct(b, split)
-                                for a, b in zip(better, worse)]) for split in splits]
-            assert cell == points((np.mean(groups), *run_intervals(groups)))
-            if splits == ["test"]:
-                assert by_base == ", ".join(f"{100 * one:+.1f}" for one in groups[0].mean(axis=1))
-    lost = [100 * (correct(bases["0"][MINE], "test") - correct(rows[MINE], "test")).mean()
-            for seed, rows in bases.items() if seed != "0"]
+    called = {"Random-2": "random_2", "two likeliest": "likelihood"}
+    shown = first_table(text[text.index("| points, with"):])
+    for pair, cells in shown.items():
+        better, worse = (called.get(name, name) for name in pair.split(" over "))
+        groups, sound = [[] for _ in ("test", *TESTBEDS)], []      # [split][base], [base]
+        for base, some in runs.items():
+            if base == "0" and {better, worse} & set(called.values()):
+                some = of_table_2
+            some = [(run[better], run[worse]) for run in some if {better, worse} <= run.keys()]
+            for group, split in zip(groups, ("test", *TESTBEDS)):
+                gains = [correct_in(a["graded"][split]) - correct_in(b["graded"][split])
+                         for a, b in some]
+                group.append(np.mean(gains, axis=0))               # (questions,)
+            sound.append(mean(sound_accuracy(a) - sound_accuracy(b) for a, b in some))
+        test, *beds = map(np.array, groups)                        # (bases, questions)
+        assert cells == [
+            points((test.mean(), *run_intervals([test]))),
+            ", ".join(f"{100 * gain:+.1f}" for gain in test.mean(axis=1)),
+            points((np.mean(beds), *run_intervals(beds))), over_seeds(sound),
+            ", ".join(f"{100 * gain:+.1f}" for gain in sound)]
+    assert (f"over five bases + PRM re-rank is {shown['+ PRM re-rank over continuous'][3]} points "
+            "over `continuous` there") in READMES[0].read_text()
+    levels = {base: mean(run[MINE]["id"]["all"] for run in some) for base, some in runs.items()}
+    within = [np.var([run[MINE]["id"]["all"] for run in some], ddof=1)
+              for base, some in runs.items() if base != "0"]
+    over_bases = np.std(list(levels.values()), ddof=1)
+    assert (f"over runs of a base is {100 * mean(within) ** 0.5:.1f} points, over bases "
+            f"{100 * over_bases:.1f}.") in text
+    lost = [100 * (levels["0"] - level) for base, level in levels.items() if base != "0"]
     assert f"ends {min(lost):.0f} to {max(lost):.0f} points lower" in text
     assert f"(M-STaR {min(lost):.0f} to {max(lost):.0f} points)" in READMES[0].read_text()
 
