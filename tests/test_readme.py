@@ -412,6 +412,9 @@ def test_what_other_bases_do_is_what_was_measured():
             ", ".join(f"{100 * gain:+.1f}" for gain in sound)]
     assert (f"over five bases + PRM re-rank is {shown['+ PRM re-rank over continuous'][3]} points "
             "over `continuous` there") in READMES[0].read_text()
+    in_domain, _, _, sound, _ = shown["+ PRM re-rank over two likeliest"]
+    assert (f"Over five bases R_p is over likelihood by {in_domain}, in sound answers by {sound}."
+            ) in READMES[0].read_text()
     levels = {base: mean(run[MINE]["id"]["all"] for run in some) for base, some in runs.items()}
     within = [np.var([run[MINE]["id"]["all"] for run in some], ddof=1)
               for base, some in runs.items() if base != "0"]
