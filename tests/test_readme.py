@@ -75,6 +75,7 @@ def test_the_last_lines_of_the_main_job_are_those_of_the_committed_run():
     for name in ("continuous", "+ PRM re-rank", "pi_0 (warm-up)"):
         gain = evaluate.points(gains[name]["id"])
         assert f"M-STaR over {name}, in domain: {gain}\n" in text
+        assert points(gains[name]["sound"]) in READMES[1].read_text()
 
 def test_accuracies_by_template_are_those_of_the_committed_runs():
     world = build_world({"test": 750})                             # the same, whatever comes after
