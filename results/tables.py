@@ -300,18 +300,18 @@ def format_table(result):
     shown = {"main": ("ID", *TASKS, *TESTBEDS, "OOD"), "table4": ("ID", *TASKS, "OOD"),
              "table5": (*TESTBEDS, "OOD")}.get(name, ("ID", "OOD"))
     columns = [column for column in columns_of(result["arms"][0]["row"]) if column in shown]
-    has_unsound = all(arm["row"].get("unsound") is not None for arm in result["arms"])
+    has_oracle = all(arm["row"].get("unsound") is not None for arm in result["arms"])
     theirs = ["average"] if name == "table5" else ["ID", "OOD", *TASKS]
     theirs = [f"paper: {column}" for column in theirs[:len(result["arms"][0]["paper"])]]
     rows = []
     for (size, _), arms in groups.items():
         ours = [mean_percent(arms, lambda arm: columns_of(arm["row"])[one]) for one in columns]
-        if has_unsound:
+        if has_oracle:
             ours.append(mean_percent(arms, lambda arm: sound_accuracy(arm["row"])))
         rows.append([f"{size}: " * (name == "table5") + arms[0]["words"],
                      *map("{:.1f}".format, ours), *arms[0]["paper"],
                      f"{arms[0]['responses']:,}", f"{arms[0]['updates']:,}"])
-    ours = [*columns, *["ID, sound"] * has_unsound]
+    ours = [*columns, *["ID, sound"] * has_oracle]
     lines = markdown([f"{name}, %", *ours, *theirs, "responses", "updates"], rows)
     for arms in groups.values() if name == "dynamics" else ():
         k, rows = arms[0]["iterations"][0]["k"], []
@@ -345,7 +345,8 @@ FIGURES = {"greedy": lambda line: line["greedy_accuracy"],         # curves, of 
            "Reward-Pass@2": lambda line: line["reward_pass_at_2"]}
 
 def sound_accuracy(row):
-    """The share of the test questions that are answered correctly, by a sound text."""
+    """The share of the test questions that are answered correctly, by a sound text: `sound` of a
+    row's `id`, worked out here since older rows do not have it."""
     return row["id"]["all"] * (1 - row["unsound"])
 
 def watched(runs):
