@@ -152,19 +152,16 @@ def write_page(folder):
     if rounds:
         script = f"<script>{(FOLDER / 'page.js').read_text()}</script>"
         parts += ["<h2>Samples</h2>", html_samples(rounds, folder / "samples"), script]
-    write_html(folder / "report.html", folder.name, "".join(parts))
-    return folder / "report.html"
-
-def write_html(path, title, body):
-    """Write a page, whole or not at all, that loads nothing and runs no script but page.js."""
     digest = base64.b64encode(hashlib.sha256((FOLDER / "page.js").read_bytes()).digest()).decode()
     rules = ("default-src 'none'; img-src data:; style-src 'unsafe-inline'; "
              f"script-src 'sha256-{digest}'")
     page = f"""<!doctype html><html lang="en"><meta charset="utf-8">
 <meta name="viewport" content="width=device-width">
-<meta http-equiv="Content-Security-Policy" content="{rules}"><title>M-STaR: {escape(title)}</title>
-<style>{(FOLDER / 'page.css').read_text()}</style><body>{body}</body></html>"""
-    write_whole(path, page.encode(errors="replace"))               # a folder's name may be no text
+<meta http-equiv="Content-Security-Policy" content="{rules}">
+<title>M-STaR: {escape(folder.name)}</title>
+<style>{(FOLDER / 'page.css').read_text()}</style><body>{''.join(parts)}</body></html>"""
+    write_whole(folder / "report.html", page.encode(errors="replace"))     # a name may be no text
+    return folder / "report.html"
 
 def html_table(head, rows):
     """An HTML table of cells that are HTML already; a cell may bring its own <td>."""
@@ -219,7 +216,33 @@ def html_curves(lines):
     return f"<div class='charts'>{''.join(figures)}</div>"
 
 def line_chart(title, unit, series, note):
-    """An inline SVG with axes, ticks and a legend: series {name: [(iteration, value)]}."""
+    """A chart of a page: series {name: [(iteration, value)]}."""
+    drawn, keys, values = draw_lines(series)
+    keys = [f"<span class='key'><svg width='34' height='10'>{key}</svg> {escape(name)}</span>"
+            for name, key in keys.items()]
+    return (f"<figure><b>{escape(title)}</b>, {escape(unit)}<svg viewBox='0 0 360 212' role='img' "
+            f"aria-label='{escape(title)} by iteration. {values}'>{drawn}</svg>"
+            f"<div>{''.join(keys)}</div><figcaption>{escape(note)}</figcaption></figure>")
+
+def write_picture(path, charts):
+    """Write charts {title: series}, two in a row, as an SVG file that loads nothing."""
+    parts = []
+    for i, (title, series) in enumerate(charts.items()):
+        drawn, keys, values = draw_lines(series)
+        for j, (name, key) in enumerate(keys.items()):
+            drawn += (f"<g transform='translate({52 + 150 * (j % 2)} {220 + 18 * (j // 2)})'>{key}"
+                      f"<text x='40' y='9'>{escape(name)}</text></g>")
+        drawn += f"<text x='20' y='-8'>{escape(title)}</text>"
+        x, y = 380 * (i % 2), 30 + 300 * (i // 2)
+        parts.append(f"<g transform='translate({x} {y})'><title>{values}</title>{drawn}</g>")
+    write_whole(path, (
+        f"<svg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 750 {300 * (i // 2 + 1)}' "
+        f"font-family='sans-serif'><style>{(FOLDER / 'page.css').read_text()}</style>"
+        f"<rect width='100%' height='100%' fill='var(--bg)'/>{''.join(parts)}</svg>").encode())
+
+def draw_lines(series):
+    """Axes, ticks and lines in a box of 360 x 212, as SVG: (all of it, {name: its line in the
+    legend}, the values in words, for those who cannot see it)."""
     dots = [dot for line in series.values() for dot in line]
     xs, ys = sorted({x for x, _ in dots}), [y for _, y in dots]
     low, high = min(ys), max(*ys, min(ys) + max(0.02 * abs(min(ys)), 0.01))    # never flat
@@ -231,7 +254,7 @@ def line_chart(title, unit, series, note):
         return (52 + 300 * (x - xs[0]) / max(1, xs[-1] - xs[0]),
                 175 - 160 * (y - low) / (high - low))
 
-    drawn, keys, values = [], [], []
+    drawn, keys, values = [], {}, []
     for i in range(round((high - low) / tick) + 1):
         value = low + i * tick
         y = at(0, value)[1]
@@ -245,13 +268,9 @@ def line_chart(title, unit, series, note):
         path = " ".join("{:.1f},{:.1f}".format(*at(*point)) for point in line)
         drawn.append(f"<polyline {look} points='{path}'/>")
         values.append(f"{name}: " + ", ".join(f"{y:.4g}" for _, y in line))
-        keys.append(f"<span class='key'><svg width='34' height='10'><line {look} x1='0' x2='34' "
-                    f"y1='5' y2='5'/></svg> {escape(name)}</span>")
-    values = escape("; ".join(values))                             # for those who cannot see it
-    return (f"<figure><b>{escape(title)}</b>, {escape(unit)}<svg viewBox='0 0 360 212' role='img' "
-            f"aria-label='{escape(title)} by iteration. {values}'>{''.join(drawn)}"
-            "<text x='202' y='209' text-anchor='middle'>iteration</text></svg>"
-            f"<div>{''.join(keys)}</div><figcaption>{escape(note)}</figcaption></figure>")
+        keys[name] = f"<line {look} x1='0' x2='34' y1='5' y2='5'/>"
+    drawn.append("<text x='202' y='209' text-anchor='middle'>iteration</text>")
+    return "".join(drawn), keys, escape("; ".join(values))
 
 def html_sweeps(lines):
     """Sweeps as a table: a row per temperature, a column per sweep; the choice is outlined."""

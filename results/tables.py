@@ -25,7 +25,7 @@ import mstar
 from data import TASKS, TESTBEDS
 from evaluate import columns_of, correct_in, one_line_errors
 from model import read_json, run_command, write_json
-from results.report import line_chart, write_html
+from results.report import write_picture
 
 # The rows of each table: arm -> its words and the paper's numbers (ID, OOD, in Table 4 also by
 # task; in Table 5 the mean over benchmarks, by size). Its claims: pairs of arms of which the first
@@ -81,9 +81,11 @@ def run_table(name, cfg, seeds, command, file, before):
         file = folder / file.name
     file.parent.mkdir(exist_ok=True)
     write_json(file, result)
+    if name == "main":
+        write_picture(file.with_suffix(".svg"), curves_of_main(result["arms"]))
     if name == "dynamics":
-        write_html(file.with_suffix(".html"), name, html_dynamics(result["arms"]))
-    print(f"{format_table(result)}\n\nwrote {file}{' and .html' * (name == 'dynamics')}")
+        write_picture(file.with_suffix(".svg"), curves_of_dynamics(result["arms"]))
+    print(f"{format_table(result)}\n\nwrote {file}")
     return result
 
 def settings(result):
@@ -254,9 +256,10 @@ def run_intervals(groups, levels=(0.95,), draws=4000):
         # the intervals leave out 0, the more the more runs differ: cpu-power.json.)
         twice = 0.0
         for values in groups:
-            if values.shape[1] > 1:
-                cells = (runs - 1) * (values.shape[1] - 1)
-                twice += float((residuals(values) ** 2).sum()) / (cells * values.size)
+            if (n := values.shape[1]) > 1:
+                of_runs = values.mean(axis=1, keepdims=True) - values.mean()       # their effects
+                rest = values - of_runs - values.mean(axis=0)      # without those of questions, too
+                twice += float((rest ** 2).sum()) / ((runs - 1) * (n - 1) * values.size)
         error = math.sqrt(max(error ** 2 - twice / len(groups) ** 2, error ** 2 * 0.75))
     for values in groups:
         picked = rng.integers(values.shape[1], size=(draws, values.shape[1]))
@@ -264,14 +267,8 @@ def run_intervals(groups, levels=(0.95,), draws=4000):
     means = np.mean(means, axis=0)
     if runs > 1:
         means = np.repeat(means, 100) + error * rng.standard_t(runs - 1, 100 * draws)
-    edges = []
-    for level in levels:
-        edges += np.percentile(means, [50 - 50 * level, 50 + 50 * level]).tolist()
-    return edges
-
-def residuals(table):
-    """A table without what its rows and its columns have each (two-way analysis of variance)."""
-    return table - table.mean(axis=1, keepdims=True) - table.mean(axis=0) + table.mean()
+    sides = [side for level in levels for side in (50 - 50 * level, 50 + 50 * level)]
+    return np.percentile(means, sides).tolist()
 
 def verdict(effects, margin=0.0):
     """Does a claim hold, all of whose effects (lists of groups) should be above -margin? Returns
@@ -357,8 +354,24 @@ def mean_percent(things, get):
     """The mean of get(thing), in percent."""
     return 100 * float(np.mean(list(map(get, things))))
 
-def html_dynamics(arms):
-    """The paper's Figures 3 to 5: curves on validation questions, means over seeds."""
+def curves_of_main(arms):
+    """Greedy accuracy, and what is unsound (known to an oracle only), of validation questions,
+    means over seeds: {title: {name: [(iteration, percent)]}}."""
+    charts = {}
+    for key, title in (("greedy_accuracy", "Greedy accuracy, %"),
+                       ("unsound", "Unsound, of the correct samples, %")):
+        values = defaultdict(list)                                 # of each seed
+        for arm in arms:
+            for line in arm["iterations"]:
+                if key in line:
+                    values[arm["words"], line["iteration"]].append(100 * line[key])
+        for (name, iteration), some in sorted(values.items()):
+            charts.setdefault(title, {}).setdefault(name, []).append((iteration, np.mean(some)))
+    return charts
+
+def curves_of_dynamics(arms):
+    """The paper's Figures 3 to 5, of validation questions, means over seeds: {title: {name:
+    [(iteration, value)]}}."""
     def curve(arm, get):
         runs = [one["iterations"] for one in arms if one["arm"] == arm]
         return [(same[0]["iteration"], mean_percent(same, get)) for same in watched(runs)]
@@ -372,14 +385,10 @@ def html_dynamics(arms):
     for title, line in one.items():
         gaps[title] = [(x, y - g) for (x, y), (_, g) in zip(line, greedy)]
     one["greedy"] = greedy                     # last: a temperature has one colour in both charts
-    charts = (line_chart("Figures 3 and 4a: greedy and Pass@K", "%", one,
-                         "The paper: greedy accuracy rises, Pass@K falls at every temperature."),
-              line_chart("Figure 4b: Pass@K minus greedy", "points", gaps, "The paper: shrinks."),
-              line_chart("Figures 4c and 5: Reward-Pass@2", "%", both(FIGURES["Reward-Pass@2"]),
-                         "The paper: it saturates early, and stays higher with the adaptive T."),
-              line_chart("Figure 5: Pass@K at the run's T", "%", both(itemgetter("pass_at_k")),
-                         "The paper: it stays higher with the adaptive temperature."))
-    return f"<h1>dynamics</h1><div class='charts'>{''.join(charts)}</div>"
+    return {"Figures 3 and 4a: greedy and Pass@K, %": one,
+            "Figure 4b: Pass@K minus greedy, points": gaps,
+            "Figures 4c and 5: Reward-Pass@2, %": both(FIGURES["Reward-Pass@2"]),
+            "Figure 5: Pass@K at the run's T, %": both(itemgetter("pass_at_k"))}
 
 if __name__ == "__main__":
     run_command(main)

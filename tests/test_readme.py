@@ -12,7 +12,9 @@ import evaluate
 from data import TESTBEDS, build_world
 from evaluate import correct_in
 from model import read_json
-from results.tables import format_table, run_intervals, sound_accuracy, verdict
+from results.report import write_picture
+from results.tables import (curves_of_dynamics, curves_of_main, format_table, run_intervals,
+                            sound_accuracy, verdict)
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "results"
@@ -439,6 +441,21 @@ def test_tables_and_verdicts_are_those_of_the_committed_results(path):
     text = READMES[1].read_text().splitlines()
     assert len([line for line in lines if line.startswith("|")]) > 6
     assert not [line for line in lines if line not in text]
+
+def test_pictures_are_those_of_the_committed_results(tmp_path):
+    for name, curves_of in (("cpu-main", curves_of_main), ("few-dynamics", curves_of_dynamics)):
+        curves = curves_of(read_json(RESULTS / f"{name}.json")["arms"])
+        write_picture(tmp_path / "new.svg", curves)
+        assert (tmp_path / "new.svg").read_bytes() == (RESULTS / f"{name}.svg").read_bytes()
+        if name == "cpu-main":                                     # its words in README.md
+            accuracy, unsound = curves.values()
+            arms = ("continuous", "+ PRM re-rank", MINE)
+            ends = [f"{series[arm][-1][1]:.0f}" for series in (accuracy, unsound) for arm in arms]
+            first = [f"{series[MINE][0][1]:.0f}" for series in (accuracy, unsound)]
+            words = ("from {} to {} % with continuous, to {} with + PRM re-rank and {} with "
+                     "M-STaR; of the correct samples, {} % are unsound at first, and {}, {} and "
+                     "{} % at the end").format(first[0], *ends[:3], first[1], *ends[3:])
+            assert words in READMES[0].read_text()
 
 def test_verdicts_on_the_paper_s_claims_are_those_of_the_committed_results():
     verdicts = {}                                                  # (file, words) -> verdict

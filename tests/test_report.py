@@ -10,6 +10,7 @@ import sys
 from html import unescape
 from html.parser import HTMLParser
 from types import SimpleNamespace
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -21,7 +22,7 @@ from data import TASKS, TESTBEDS, oracle, write_reasoning
 from model import Response, read_json, write_json
 from prm import RewardModel
 from results import report
-from results.report import line_chart, write_html, write_page
+from results.report import line_chart, write_page, write_picture
 
 PI_0 = mstar.ROW_NAMES["pi_0"]
 EVIL = "</script><img src=x onerror=alert(1)>'\"&"
@@ -142,18 +143,17 @@ def test_a_folder_whose_name_is_no_text_has_a_page_too(run_folder):
     folder = run_folder.rename(run_folder.parent / os.fsdecode(b"run\xff"))
     assert "<title>M-STaR: run?</title>" in write_page(folder).read_text()
 
-def test_a_page_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
-    path = tmp_path / "page.html"
-    write_html(path, "first", "body")
-    before = path.read_text()
+def test_a_page_is_written_whole_or_not_at_all(run_folder, monkeypatch):
+    path = write_page(run_folder)
+    path.write_text("before")
 
     def full(number):
         raise OSError("full")
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match="full"):
-        write_html(path, "second", "body")
-    assert path.read_text() == before
+        write_page(run_folder)
+    assert path.read_text() == "before"
 
 # ---------------------------------------------------------------- what it shows
 
@@ -332,6 +332,18 @@ def test_a_chart_has_a_line_a_key_and_a_dash_pattern_for_each_series():
     assert not page.all("img") and not page.scripts
     places = re.findall(r"x='([\d.]+)' y='192' text-anchor='middle'>(\d)", text)
     assert places == [("52.0", "0"), ("202.0", "1"), ("352.0", "2")]
+
+def test_a_picture_holds_every_chart_apart_and_loads_nothing(tmp_path):
+    charts = {f"{EVIL} {i}": {EVIL: [(0, 1.0), (2, 2.0)], "b": [(1, 3.0)]} for i in range(3)}
+    write_picture(tmp_path / "a.svg", charts)
+    text = (tmp_path / "a.svg").read_text()
+    ElementTree.fromstring(text)                                   # it is XML, escaped
+    assert text.count("<polyline") == 6 and "<script" not in text and "href" not in text
+    places = re.findall(r"<g transform='translate\((\d+) (\d+)\)'><title>", text)
+    assert len(set(places)) == 3
+    width, height = map(int, re.search(r"viewBox='0 0 (\d+) (\d+)'", text).groups())
+    for x, y in places:
+        assert int(x) + 360 <= width and int(y) + 260 <= height    # with two rows of keys
 
 # ---------------------------------------------------------------- samples, and the screen
 

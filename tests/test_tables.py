@@ -10,8 +10,8 @@ import pytest
 import mstar
 from data import TASKS, TESTBEDS
 from results import tables
-from results.tables import (CLAIMS, FIGURES, TABLES, claims_of, dynamics_claims,
-                            format_table, html_dynamics, make_table, run_intervals, verdict)
+from results.tables import (CLAIMS, FIGURES, TABLES, claims_of, curves_of_dynamics, curves_of_main,
+                            dynamics_claims, format_table, make_table, run_intervals, verdict)
 
 # ---------------------------------------------------------------- intervals and verdicts
 
@@ -319,14 +319,25 @@ def test_dynamics_as_text_and_as_curves():
     assert lines[0] == "| iteration 0 | 12.5 | 37.5 | 62.5 | 87.5 | 52.5 | 1.0, 1.0 |"
     assert len(lines) == 2 * 2 and lines[1].startswith("| iteration 2 | 32.5 |")   # of two arms
     assert all(title.replace("@k", "@4") in text for title in FIGURES)
-    page = html_dynamics(result["arms"])
-    labels = re.findall("aria-label='([^']*)'", page)
-    assert len(labels) == 4 and page.count("<polyline") == 4 + 3 + 2 + 2
-    assert "pass@k, T = 0.5: 37.5, 37.5; " in labels[0] and "; greedy: 12.5, 32.5" in labels[0]
-    assert "pass@k, T = 1.5: 75, 55" in labels[1]                  # minus greedy
-    assert "T = 1: 52.5, 52.5; adaptive T: 52.5, 52.5" in labels[2]
-    assert "adaptive T: 62.5, 62.5" in labels[3]
-    assert "by iteration" in labels[0] and ">1</text>" not in page # no look after round 1
+    charts = list(curves_of_dynamics(result["arms"]).values())
+    assert [len(series) for series in charts] == [4, 3, 2, 2]
+    expected = [("pass@k, T = 0.5", [37.5, 37.5]), ("pass@k, T = 1.5", [75, 55]),  # minus greedy
+                ("T = 1", [52.5, 52.5]), ("adaptive T", [62.5, 62.5])]
+    for series, (name, values) in zip(charts, expected):
+        assert series[name] == list(zip((0, 2), values))           # no look after round 1
+    assert list(charts[0])[-1] == "greedy"
+
+def test_curves_of_the_main_job_are_means_of_what_is_known():
+    lines = [{"iteration": 0, "greedy_accuracy": 0.5, "unsound": 0.1}, {"iteration": 1},
+             {"iteration": 2, "greedy_accuracy": 0.75}]            # nothing was correct
+    other = [{**line, "unsound": 0.3} if line["iteration"] != 1 else line for line in lines]
+    arms = [{"words": "a", "iterations": lines}, {"words": "b", "iterations": []},
+            {"words": "a", "iterations": other}]
+    assert curves_of_main(arms) == {
+        "Greedy accuracy, %": {"a": [(0, 50), (2, 75)]},
+        "Unsound, of the correct samples, %": {"a": [(0, pytest.approx(20)), (2, 30)]}}
+    assert list(curves_of_main([{"words": "a", "iterations": [lines[2]]}])) == [
+        "Greedy accuracy, %"]                                      # no oracle
 
 def test_a_size_is_the_base_of_that_name():
     cfg, _ = mstar.parse(["--preset", "test"])
