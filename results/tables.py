@@ -357,7 +357,7 @@ def mean_percent(things, get):
 def curves_of_main(arms):
     """Greedy accuracy, and what is unsound (known to an oracle only), of validation questions,
     means over seeds: {title: {name: [(iteration, percent)]}}."""
-    charts = {}
+    charts = defaultdict(partial(defaultdict, list))
     for key, title in (("greedy_accuracy", "Greedy accuracy, %"),
                        ("unsound", "Unsound, of the correct samples, %")):
         values = defaultdict(list)                                 # of each seed
@@ -365,8 +365,8 @@ def curves_of_main(arms):
             for line in arm["iterations"]:
                 if key in line:
                     values[arm["words"], line["iteration"]].append(100 * line[key])
-        for (name, iteration), some in sorted(values.items()):
-            charts.setdefault(title, {}).setdefault(name, []).append((iteration, np.mean(some)))
+        for name, iteration in sorted(values, key=itemgetter(1)):  # arms as they came
+            charts[title][name].append((iteration, np.mean(values[name, iteration])))
     return charts
 
 def curves_of_dynamics(arms):
