@@ -333,6 +333,16 @@ def test_transparent_parts_are_white_and_the_size_is_asked_for(images):
     same = open_picture(images / "clear.png", images, 30)          # one of that size is not touched
     assert np.array_equal(same, pixels)
 
+def test_the_longest_side_comes_first_where_it_is_given(images):
+    """As SmolVLM's processor does it, for its 512 pixels; other sizes are reached at once."""
+    noise(images, 7)                                               # 30 x 20
+    path = images / "7.png"
+    assert open_picture(path, longest=60).shape == (40, 60, 3)
+    for size, longest, other in ((512, 2048, None), (64, None, 2048)):
+        seen = data.picture_of(str(path), size)
+        assert np.array_equal(seen, open_picture(path, size=size, longest=longest))
+        assert not np.array_equal(seen, open_picture(path, size=size, longest=other))
+
 def test_nothing_outside_the_folder_is_opened(images, tmp_path):
     os.symlink(tmp_path / "outside.png", images / "link.png")
     for path in (images / "link.png", images / "../outside.png"):
@@ -402,6 +412,21 @@ def test_a_run_on_our_world_as_files_is_the_same_run(tmp_path):
         assert {**mine, **other, "seconds": 0} == {**mine, "seconds": 0}
     page = (tmp_path / "theirs/report.html").read_text()
     assert "✓ true" not in page and "✗ false" not in page and "gold answer" in page
+
+def test_a_row_has_our_grade_and_the_score_of_mathvista(sixty, monkeypatch):
+    """For which "1.5 cm" is no number."""
+    world = read_world(sixty / "sixty.json", sixty, sixty / "testmini.json", SIZES)
+    said = {"MathVista/1": "answer: 7", "MathVista/3": "answer: 1.5 cm"}
+
+    def respond(policy, questions, *rest):
+        texts = [said.get(question.id, "") for question in questions]
+        return texts, list(map(grade, texts, questions))
+
+    monkeypatch.setattr(evaluate, "answer_greedily", respond)
+    row = evaluate.evaluate_policy("a row", None, world, 8)
+    assert row["ood"] == {"GPS": 0.5, "MWP": 1.0, "all": pytest.approx(2 / 3)}
+    assert row["official"]["ood"] == {"GPS": 0.5, "MWP": 0.0, "all": pytest.approx(1 / 3)}
+    assert row["id"] == {"all": 0.0} and row["unparseable"] == 1.0
 
 def test_every_stage_runs_on_public_weights_and_files(sixty, tmp_path, capsys):
     tokenizer = PublicTokenizer(Path(__file__).parent / "tokenizer.json")

@@ -6,6 +6,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
@@ -15,7 +16,7 @@ import mstar
 import prm as prm_module
 from data import Tokenizer, build_world
 from evaluate import describe_round, grade, unique_correct
-from model import Example, ModelConfig, Optimizer, Policy, adamw, collate
+from model import Example, ModelConfig, Optimizer, Policy, adamw, collate, fit
 from mstar import METHODS, PRESETS, Config, Run, parse
 from prm import RewardModel
 from weights.base import RECIPES, arithmetic
@@ -153,6 +154,7 @@ def test_pseudo_answers_are_votes_weighted_by_the_lowest_step(world, tokenizer, 
     rewards = {"1 + 4 = 5\nanswer: 5": 0.2, "5\nanswer: 5": 0.3, "answer: 7": 0.6, "red": 1, "7": 1}
 
     def known(prm, prompts, tokens):
+        assert prompts == ["second", "third"]                      # those without an answer
         return [[rewards[tokenizer.decode(t)] for t in group] for group in tokens]
 
     monkeypatch.setattr(prm_module, "response_rewards", known)
@@ -160,11 +162,81 @@ def test_pseudo_answers_are_votes_weighted_by_the_lowest_step(world, tokenizer, 
     questions = world["labeled"][:1] + world["unlabeled"][:2]
     texts = [["answer: 5"] * 3, ["1 + 4 = 5\nanswer: 5", "5\nanswer: 5", "answer: 7"],
              ["red", "red", "7"]]
-    voted = prm_module.pseudo_answered(prm, questions, 1, [None] * 3, texts)
+    prompts = ["first", "second", "third"]
+    voted = prm_module.pseudo_answered(prm, questions, 1, prompts, texts)
     assert [q.answer for q in voted] == [questions[0].answer, 7, ""]
     assert [q.text for q in voted] == [q.text for q in questions]
     assert unique_correct(voted, [[], ["answer: 7", "answer: 5"], ["red", "answer: 1"]])[0] == \
         [(1, "answer: 7")]
+
+
+def test_votes_and_not_the_hidden_answers_are_trained_on(world, tokenizer, run, monkeypatch):
+    """In the loop: of two responses to a question, the wrong one has the larger R_p."""
+    cfg = config(*EIGHT, "--method", "vote_0", "--interval", "0.5", "--keep_top", "1")
+    small = {split: world[split][:8] for split in ("labeled", "unlabeled")} | {"validation": []}
+    asked = {question.text: question for question in small["labeled"] + small["unlabeled"]}
+    kept = {"labeled": [], "unlabeled": []}
+
+    def respond(policy, prompts, how, title):
+        return [[f"answer: {asked[tokenizer.decode(p.ids)].answer}", "answer: 1"]
+                for p in prompts], None
+
+    def trust(prm, prompts, tokens):
+        return [[0.1, 0.9][:len(group)] for group in tokens]
+
+    def watch(cfg, policy, optimizer, prompts, pairs, *rest):
+        for i, text in pairs:
+            question = asked[tokenizer.decode(prompts[i].ids)]
+            kept[question.id.split("/")[0]].append((text, f"answer: {question.answer}"))
+        return {"updates": 1, "loss": 0.0}
+
+    monkeypatch.setattr(prm_module, "response_rewards", trust)
+    for name, fake in (("sample_texts", respond), ("response_rewards", trust), ("sft", watch),
+                       ("write_samples", lambda *a: None), ("validate", lambda *a: METRICS)):
+        monkeypatch.setattr(mstar, name, fake)
+    mstar.self_evolve(cfg, Policy(sizes(tokenizer), tokenizer),
+                      SimpleNamespace(tokenizer=tokenizer), small, run)
+    assert [text for text, _ in kept["unlabeled"]] == ["answer: 1"] * 2
+    assert len(kept["labeled"]) == 2 and all(text == gold for text, gold in kept["labeled"])
+
+
+# ---------------------------------------------------------------- the stages before the loop
+
+def test_warm_up_and_direct_sft_train_a_copy_of_the_base_on_what_they_should(world, tokenizer,
+                                                                             monkeypatch):
+    """Warm-up: asked with the answer; trained without it, on correct responses. Direct SFT: from
+    the base, on the answers alone, for as many updates as the others make together."""
+    cfg = config(*EIGHT, "--evolve_updates", "2")
+    torch.manual_seed(0)
+    base, sft, make_prompts = Policy(sizes(tokenizer), tokenizer), mstar.sft, mstar.make_prompts
+    before, labeled, ways, calls = weights(base), world["labeled"][:8], [], []
+
+    def respond(policy, prompts, how, title):
+        assert policy is base and how[:2] == (cfg.warmup_rollouts, 1.0)
+        assert [prompt.ids for prompt in prompts] == [
+            tokenizer.prompt(question.text, question.answer) for question in labeled[:2]]
+        return [[f"answer: {question.answer}", "answer: 0"] for question in labeled[:2]], None
+
+    def prompts_of(policy, questions, **how):
+        ways.append(how)
+        return make_prompts(policy, questions, **how)
+
+    def watch(cfg, policy, optimizer, prompts, kept, updates, title, **more):
+        assert same(before, weights(policy)) and policy is not base
+        calls.append(([prompt.ids for prompt in prompts], kept, updates, optimizer.full_lr,
+                      optimizer.decay_over))
+        return sft(cfg, policy, optimizer, prompts, kept, updates, title, **more)
+
+    for name, fake in (("sample_texts", respond), ("make_prompts", prompts_of), ("sft", watch)):
+        monkeypatch.setattr(mstar, name, fake)
+    pi_0, _ = mstar.stage_warmup(cfg, base, world)
+    mstar.direct_sft(cfg, base, {"labeled": labeled}, SimpleNamespace(fit=fit))
+    assert ways == [{"with_answer": True}, {}, {"direct": True}]
+    assert same(before, weights(base)) and not same(before, weights(pi_0))
+    for call, questions, updates in zip(calls, (labeled[:2], labeled), (3, 3 + 2), strict=True):
+        answers = [(i, f"answer: {question.answer}") for i, question in enumerate(questions)]
+        assert call == ([tokenizer.prompt(question.text) for question in questions], answers,
+                        updates, [cfg.warmup_lr], updates)         # its rate decays
 
 
 # ---------------------------------------------------------------- the loop
@@ -174,15 +246,18 @@ def evolve(world, tokenizer, run, monkeypatch, *flags):
     cfg = config(*EIGHT, "--validation", "2", "--epochs", "1", "--method", "continuous",
                  "--interval", "0.25", *flags)
     torch.manual_seed(0)
-    pi_0, calls, real = Policy(sizes(tokenizer), tokenizer), [], mstar.sft
+    pi_0, calls, real, seeds = Policy(sizes(tokenizer), tokenizer), [], mstar.sft, set()
     small = {"labeled": world["labeled"][:8], "validation": world["validation"][:2]}
     correct = {question.text: f"answer: {question.answer}" for question in small["labeled"]}
 
     def respond(policy, prompts, how, title):
+        seeds.add(how.seed)
         return [[correct[tokenizer.decode(p.ids)]] * how.rollouts for p in prompts], None
 
     def spy(cfg, policy, optimizer, *rest, **more):
-        call = {"start": weights(policy), "updates_before": optimizer.updates}
+        assert optimizer.full_lr == [cfg.evolve_lr] and not optimizer.decay_over
+        call = {"start": weights(policy), "updates_before": optimizer.updates,
+                "has_state": bool(optimizer.tensors())}            # moments of the gradients
         trained = real(cfg, policy, optimizer, *rest, **more)
         calls.append({**call, "end": weights(policy), "updates": trained["updates"]})
         return trained
@@ -194,6 +269,7 @@ def evolve(world, tokenizer, run, monkeypatch, *flags):
     before = weights(pi_0)
     mstar.self_evolve(cfg, pi_0, None, small, run)
     assert same(before, weights(pi_0))                             # it is used again by others
+    assert len(seeds) == len(calls)                                # other responses in each round
     return pi_0, calls
 
 
@@ -209,6 +285,7 @@ def test_continuous_carries_weights_and_optimizer_over(world, tokenizer, run, mo
     pi_0, calls = evolve(world, tokenizer, run, monkeypatch, "--evolve_updates", "10")
     assert [call["updates"] for call in calls] == [2, 3, 3, 2]
     assert [call["updates_before"] for call in calls] == [0, 2, 5, 8]         # it lives on
+    assert [call["has_state"] for call in calls] == [False, True, True, True]
     assert same(calls[0]["start"], weights(pi_0))
     for first, second in zip(calls, calls[1:]):
         assert same(first["end"], second["start"]) and not same(first["start"], first["end"])
@@ -218,6 +295,7 @@ def test_rest_em_starts_from_pi_0_with_a_new_optimizer(world, tokenizer, run, mo
     pi_0, calls = evolve(world, tokenizer, run, monkeypatch, "--evolve_updates", "10",
                          "--start_from", "pi_0", "--optimizer", "reset")
     assert [call["updates_before"] for call in calls] == [0, 0, 0, 0]
+    assert not any(call["has_state"] for call in calls)
     assert all(same(call["start"], weights(pi_0)) for call in calls)
 
 
@@ -340,6 +418,34 @@ def test_a_sweep_equals_a_look_at_each_temperature(policy, world, monkeypatch):
     for t in (0.3, 0.7, 1.6):
         alone = mstar.validate(replace(cfg, watches=0), policy, prm, small, t, 0)
         assert watched[str(t)] == {name: alone[name] for name in watched[str(t)]}
+
+
+@pytest.mark.parametrize("adapt_by, aim, best", [("reward_pass_at_k", "reward_pass_at_2", 0.7),
+                                                 ("pass_at_k", "pass_at_k", 1.3)])
+def test_the_temperature_is_the_best_one_by_its_aim_if_it_is_clearly_better(adapt_by, aim, best,
+                                                                            monkeypatch):
+    peaks = {"reward_pass_at_2": 0.7, "pass_at_k": 1.3}
+    cfg = config("--method", "continuous", "--adapt_by", adapt_by)
+
+    def metrics(cfg, t):                                           # half of 40 questions, or all
+        return {name: 1.0 * (np.arange(40) < (40 if t == peak else 20))
+                for name, peak in peaks.items()}
+
+    monkeypatch.setattr(mstar, "look_at", lambda *a: {t: t for t in mstar.GRID})
+    monkeypatch.setattr(mstar, "pass_metrics", metrics)
+    chosen, sweep = mstar.choose_temperature(cfg, None, None, {"validation": []}, 1.0)
+    assert chosen == sweep["chosen"] == sweep["best"] == best
+    assert (sweep["aim"], sweep["before"], sweep["gain"][0]) == (aim, 1.0, 0.5)
+
+    def hardly(cfg, t):                                            # two more, and one less
+        values = 1.0 * (np.arange(40) < 20)
+        if t == 0.4:
+            values[[0, 20, 21]] = 0, 1, 1
+        return dict.fromkeys(peaks, values)
+
+    monkeypatch.setattr(mstar, "pass_metrics", hardly)
+    chosen, sweep = mstar.choose_temperature(cfg, None, None, {"validation": []}, 0.9)
+    assert (chosen, sweep["best"], sweep["chosen"]) == (0.9, 0.4, 0.9)
 
 
 @pytest.mark.parametrize("L, keep_top", [(8, 16), (3, 4), (8, 9), (1, 2)])

@@ -1,4 +1,5 @@
 """The process reward model: labels, scores, selection and votes, against counting by hand."""
+import math
 import random
 from dataclasses import replace
 
@@ -10,13 +11,13 @@ import mstar
 import prm
 from data import Tokenizer, build_world, oracle, write_reasoning
 from evaluate import answer_greedily, make_prompts, tokens_of
-from model import (Example, Response, Sampling, collate, fit, load_network, read_json, sample, save,
-                   seed_for, write_json)
+from model import (Example, Response, Sampling, collate, fit, read_json, sample, save, seed_for,
+                   write_json)
 from prm import (RewardModel, StepLabels, label_responses, label_steps, random_k, response_rewards,
                  reward_of, score, top_k, train_prm, weighted_vote)
 
 TOKENIZER = Tokenizer()
-CFG = mstar.Config(prm_epochs=30, prm_lr=3e-3, batch_size=16)
+CFG = mstar.Config(prm_epochs=15, prm_lr=3e-3, batch_size=16)
 TEXT = "red is 3\n3 + 4 = 7\nanswer: 7"
 OTHER = "red is 3\n3 + 4 = 8\nanswer: 8"                           # they part in the second step
 
@@ -179,18 +180,20 @@ def labels_by_a_rule(number, rng):
             labels.append(StepLabels(i, tokens, [4 * (first == red), 4 * (second == red)], 4))
     return labels
 
-def test_training_finds_the_rule_behind_the_labels(policy, world, capsys, monkeypatch):
-    """It holds on questions that were held out, too: the last tenth of those with labels."""
+def test_training_finds_the_rule_behind_the_labels(policy, world, monkeypatch):
+    """It holds on questions that were held out, too: the last tenth of those with labels. The six
+    responses to a question are in few batches, mostly side by side: the loss compares them."""
     questions = world["test"][:45]                                 # the last five have no labels
     labels = labels_by_a_rule(40, random.Random(0))
-    learned, held_out = set(), set()
+    learned, held_out, images = set(), set(), []
 
     def watch_fit(model, optimizer, stream, updates, *rest):
-        assert updates == 30 * 36 * 6 / 16
+        assert updates == math.ceil(15 * 36 * 6 / 16)
 
         def watched():
             for batch in stream:
-                learned.update(id(example.image) for example in batch)
+                images.append({id(example.image) for example in batch})
+                learned.update(images[-1])
                 yield batch
         return fit(model, optimizer, watched(), updates, *rest)
 
@@ -206,7 +209,7 @@ def test_training_finds_the_rule_behind_the_labels(policy, world, capsys, monkey
     assert about["auc"] > 0.98 and about["steps"] == 4 * 6 * 2 and about["loss"] < 0.1
     held_out_targets = [target for label in labels[-24:] for target in label.targets]
     assert about["good"] == np.mean(held_out_targets)
-    assert "alike" not in capsys.readouterr().out
+    assert np.mean(list(map(len, images))) < 9                     # of 16 examples
     assert len(learned) == 36 and len(held_out) == 4 and not learned & held_out
     for name, tensor in model.policy.state_dict().items():
         assert torch.equal(tensor, before[name])                   # only what is on top learns
@@ -257,12 +260,6 @@ def test_training_on_next_to_nothing_goes_on(policy, world, capsys):
     _, about = train_prm(cfg, policy, world["test"], alike)
     assert about["auc"] is None and about["good"] == 1
     assert "AUC not known" in capsys.readouterr().out
-
-def test_saved_prm_is_the_same_prm(reward_model, prompts, tmp_path):
-    save(tmp_path / "prm.safetensors", reward_model)
-    loaded = load_network(tmp_path / "prm.safetensors", TOKENIZER, kind=RewardModel)
-    responses = [[TOKENIZER.response(TEXT)]]
-    assert score(loaded, prompts[:1], responses) == score(reward_model, prompts[:1], responses)
 
 # ---------------------------------------------------------------- selection and voting
 

@@ -40,8 +40,7 @@ def tokenizer():
 
 def as_public(policy, family):
     """A policy's tensors by their public names: those that stand below one another taken apart."""
-    c, tensors = policy.config, {}
-    rows = {"q_proj": c.width, "k_proj": c.kv_heads * c.width // c.heads}
+    tensors = {}
     for name, tensor in policy.state_dict().items():
         number = "".join(part for part in name.split(".") if part.isdecimal())
         stem, kind = name.replace(f".{number}.", ".#.").rsplit(".", 1)
@@ -99,7 +98,8 @@ def test_a_byte_without_a_token_is_left_out_before_anything_is_merged(tmp_path):
 def test_a_step_ends_where_a_token_holds_a_line_break(tokenizer):
     tokens = tokenizer.response("red is 7\n7 + 7 = 14\nanswer: 14")
     ends = tokenizer.step_ends(tokens)
-    steps = [tokenizer.decode(tokens[a:b + 1]) for a, b in zip([-1, *ends], ends)]
+    steps = list(map(str.strip, tokenizer.steps(tokens)))
+    assert steps == ["red is 7", "7 + 7 = 14", "answer: 14"]
     assert len(ends) == 3 and ends[-1] == len(tokens) - 1
     assert all("\n" in tokenizer.symbols[tokens[end]].replace("Ċ", "\n") for end in ends[:-1])
 

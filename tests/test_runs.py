@@ -6,6 +6,7 @@ import shutil
 import signal
 import time
 from functools import lru_cache
+from itertools import combinations
 from pathlib import Path
 
 import pytest
@@ -28,19 +29,31 @@ SMALL = ["--preset", "test", "--arms", "mstar", "--epochs", "0.5", "--test", "10
 
 
 @pytest.fixture(scope="module", autouse=True)
-def worlds_are_built_once():
-    """The runs here have a few worlds in common, and each takes a quarter of a second."""
+def tiny_policies_have_something_to_learn_and_worlds_are_built_once():
+    """They are never right, so that nothing would be trained on: a guess by the text grades them.
+    The runs have a few worlds in common, and each takes a quarter of a second."""
     build = data.build_world
     once = lru_cache(lambda sizes, seed: build(json.loads(sizes), seed))
     with pytest.MonkeyPatch.context() as patch:
+        for module in (evaluate, prm, results.report):
+            patch.setattr(module, "grade", torture.guess)
         patch.setattr(data, "build_world", lambda sizes, seed: once(json.dumps(sizes), seed))
         yield
 
 
 @pytest.fixture(scope="module")
 def two_runs(tmp_path_factory):
+    """(folders, reports) of two runs by the same command."""
     folders = [tmp_path_factory.mktemp("runs") / name for name in "ab"]
     return folders, [mstar.main([*TINY, "--out", str(folder)]) for folder in folders]
+
+
+def weights(policy):
+    return {name: tensor.clone() for name, tensor in policy.state_dict().items()}
+
+
+def same(a, b):
+    return all(torch.equal(a[name], b[name]) for name in a)
 
 
 # ---------------------------------------------------------------- what a run leaves
@@ -73,10 +86,38 @@ def test_arms_get_equal_responses_and_updates_and_their_own_switches(two_runs):
     report, arms = two_runs[1][0], {}
     for line in report["iterations"]:
         arms.setdefault(line["arm"], []).append(line)
-    for name in ("num_responses", "num_questions", "iteration"):
+    for name in ("num_responses", "num_questions", "iteration", "updates"):
         assert len({tuple(line.get(name) for line in lines) for lines in arms.values()}) == 1
     assert "sweep" in arms["mstar"][1]
     assert not any("sweep" in line for arm in ("continuous", "prm") for line in arms[arm])
+
+
+def test_rows_files_and_gains_are_of_the_weights_that_they_name(tmp_path, monkeypatch):
+    measured, started, evaluate_policy, direct_sft = {}, {}, mstar.evaluate_policy, mstar.direct_sft
+
+    def watch(name, policy, *rest, **more):
+        measured[name] = weights(policy)
+        return evaluate_policy(name, policy, *rest, **more)
+
+    def begin(cfg, base, world, run):
+        started["sft"] = weights(base)
+        return direct_sft(cfg, base, world, run)
+
+    monkeypatch.setattr(mstar, "evaluate_policy", watch)
+    monkeypatch.setattr(mstar, "direct_sft", begin)
+    report = mstar.main([*TINY, "--arms", "sft,continuous", "--testbed_questions", "1",
+                         "--validation", "2", "--max_new_tokens", "6", "--out", str(tmp_path)])
+    names = ["base", "pi_0 (warm-up)", "SFT (direct answers)", "continuous"]
+    assert list(measured) == names and same(started["sft"], measured["base"])
+    for name, file in (("pi_0 (warm-up)", "pi_0"), ("continuous", "policy")):
+        saved = model.load_network(tmp_path / f"{file}.safetensors", Tokenizer())
+        assert same(measured[name], weights(saved))
+    for a, b in combinations(names, 2):
+        assert not same(measured[a], measured[b])
+    accuracy = {row["name"]: row["id"]["all"] for row in report["rows"]}
+    assert len(set(accuracy.values())) > 1
+    for name, gain in report["gain_over"].items():
+        assert gain["id"][0] == pytest.approx(accuracy["continuous"] - accuracy[name])
 
 
 def test_samples_show_fixed_questions_with_a_verdict_per_step(two_runs):
@@ -253,6 +294,22 @@ def test_a_run_goes_on_as_it_was_begun_or_not_at_all(tmp_path, monkeypatch, caps
     refused(["--resume", str(tmp_path / "nowhere")], "nowhere")
 
 
+def test_a_run_does_not_go_on_from_another_base_of_the_same_name(two_runs, tmp_path, capsys,
+                                                                 monkeypatch):
+    policy = tmp_path / "policy.safetensors"
+    for name in ("pi_0", "policy"):                                # as it was begun, and now
+        for kind in ("safetensors", "json"):
+            shutil.copy(two_runs[0][0] / f"{name}.{kind}", policy.with_suffix(f".{kind}"))
+        if name == "pi_0":
+            with monkeypatch.context() as patch:
+                patch.setattr(mstar, "stage_warmup", lambda *a: os.kill(os.getpid(), signal.SIGINT))
+                with pytest.raises(SystemExit):
+                    mstar.main([*SMALL, "--policy", str(policy), "--out", str(tmp_path / "run")])
+    with pytest.raises(SystemExit) as stop:
+        mstar.main(["--resume", str(tmp_path / "run")])
+    assert stop.value.code == 2 and "begun with another world" in capsys.readouterr().err
+
+
 def other_vocabulary(self, real=Tokenizer.__init__):
     real(self)
     self.symbols[-1] = "zebra"
@@ -303,12 +360,12 @@ def test_running_out_of_memory_names_the_flag(tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(model, "backward", full)
     with pytest.raises(SystemExit) as stop:
-        mstar.main([*SMALL, "--out", str(tmp_path / "run")])
+        mstar.main([*SMALL, "--arms", "continuous", "--out", str(tmp_path / "run")])
     error = capsys.readouterr().err.splitlines()[-1]
     assert stop.value.code == 2 and "--resume with a smaller --micro_batch" in error
     monkeypatch.undo()                                             # and so it does go on
     report = mstar.main(["--resume", str(tmp_path / "run"), "--micro_batch", "1"])
-    assert report["rows"][-1]["name"] == "M-STaR"
+    assert report["rows"][-1]["name"] == "continuous"
     assert read_json(tmp_path / "run/config.json")["micro_batch"] == 1     # if it stops once more
 
 

@@ -1,6 +1,5 @@
 """The paper's tables and the verdicts on its claims, on made-up results whose truth is known."""
 import copy
-import re
 from collections import Counter
 from functools import partial
 
