@@ -1,4 +1,5 @@
 """The loop and its stages: what is asked, kept, trained on and carried over; and bad input."""
+import itertools
 import json
 import random
 from collections import Counter
@@ -370,6 +371,9 @@ def test_every_way_to_select(how, kept, tokenizer, monkeypatch):
     assert "".join(text[-1] for _, text in chosen) == kept
     by_chance = mstar.select(config("--method", "random_2"), None, [None], correct, 1)
     assert len(by_chance) == 2 and set(by_chance) < set(correct)
+    many, cfg = [(0, f"answer: {i}") for i in range(90)], config("--method", "random_2")
+    rounds = {tuple(mstar.select(cfg, None, [None], many, iteration)) for iteration in (1, 2, 3)}
+    assert len(rounds) > 1                                         # not the same ones every time
 
 
 def test_the_swept_temperature_is_the_next_one_sampled_at(world, tokenizer, run, monkeypatch):
@@ -418,6 +422,10 @@ def test_a_sweep_equals_a_look_at_each_temperature(policy, world, monkeypatch):
     for t in (0.3, 0.7, 1.6):
         alone = mstar.validate(replace(cfg, watches=0), policy, prm, small, t, 0)
         assert watched[str(t)] == {name: alone[name] for name in watched[str(t)]}
+        look = mstar.look_at(cfg, policy, prm, small["validation"], [t], 3)[t]
+        good, bad = look.rewards[look.is_correct], look.rewards[~look.is_correct]
+        higher = [(a > b) + (a == b) / 2 for a, b in itertools.product(good, bad)]
+        assert alone["reward_auc"] == pytest.approx(np.mean(higher))
 
 
 @pytest.mark.parametrize("adapt_by, aim, best", [("reward_pass_at_k", "reward_pass_at_2", 0.7),
