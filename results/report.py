@@ -1,7 +1,7 @@
 """
 results/report.py: what a run says: after an iteration, at its end, as a page.
 
-Read:     print_line -> make_report, print_report -> write_samples -> write_page
+Read:     print_line -> make_report, print_report -> write_samples -> write_page, write_picture
 Run:      python -m results.report runs/NAME      (make the page again, of an unfinished run, too)
 """
 import argparse
