@@ -2,7 +2,7 @@
 they point to is there."""
 import re
 from functools import cache
-from itertools import chain
+from itertools import chain, pairwise
 from operator import ne
 from pathlib import Path
 from statistics import mean
@@ -297,6 +297,49 @@ def test_what_the_temperature_does_is_what_was_measured():
                                       f"{100 * mean(row['unsound'] for row in rows):.1f}",
                                       ", ".join(f"{100 * row['id']['all']:.1f}" for row in rows),
                                       *map(", ".join, looks)]
+
+def test_what_16_responses_do_is_what_was_measured():
+    runs, text = read_json(RESULTS / "cpu-controls.json")["L_16"], READMES[1].read_text()
+    text = text[text.index("### With 16 responses to a question"):]
+    rows = {}
+    for arm, name in (("prm", "+ PRM re-rank"), ("mstar", MINE)):
+        rows[f"{name}, L = 8"] = rows_of(name)
+        rows[f"{name}, L = 16"] = [run[arm]["row"] for run in runs]
+        levels = [100 * mean(row["id"]["all"] for row in rows[f"{name}, L = {L}"]) for L in (8, 16)]
+        assert f"{name} ends at {levels[1]:.1f} % (L = 8: {levels[0]:.1f})" in text
+    for pair, cells in first_table(text).items():
+        pairs = list(zip(*(rows[name] for name in pair.split(" over ")), strict=True))
+        on_test, *beds = [np.array([correct_in(a["graded"][split]) - correct_in(b["graded"][split])
+                                    for a, b in pairs]) for split in ("test", *TESTBEDS)]
+        assert cells == [points((on_test.mean(), *run_intervals([on_test]))),
+                         ", ".join(f"{100 * gain:+.1f}" for gain in on_test.mean(axis=1)),
+                         points((np.mean(beds), *run_intervals(beds))),
+                         gain_in_sound(pairs, ["test"])]
+    shown = first_table(text)["M-STaR, L = 16 over + PRM re-rank, L = 16"][0]
+    assert f"by [{shown}](" in READMES[0].read_text()
+    counts = []                                # of + PRM re-rank, means over all rounds and seeds
+    at_8 = [arm for arm in MAIN["arms"] if arm["arm"] == "prm"]
+    for of_arm in ([run["prm"] for run in runs], at_8):
+        lines = [line for run in of_arm for line in run["iterations"][1:]]
+        counts += [f"{mean(line['num_unique_correct'] for line in lines):,.0f}",
+                   f"{100 * mean(line['unsound_kept'] for line in lines):.1f}"]
+    assert ("has {} different correct responses, not {} (+ PRM re-rank), and of those that are "
+            "kept {} % are unsound, not {}.").format(*counts[::2], *counts[1::2]) in text
+    number, moved, then, later = 0, 0, [], []
+    for run in runs:
+        sweeps = [line["sweep"] for line in run["mstar"]["iterations"] if "sweep" in line]
+        number += len(sweeps)
+        moved += sum(sweep["chosen"] != sweep["before"] for sweep in sweeps)
+        for sweep, after in pairwise(sweeps):
+            if sweep["chosen"] != sweep["before"]:
+                for seen, gains in ((sweep, then), (after, later)):
+                    new, old = (seen["surface"][str(sweep[name])]["reward_pass_at_2"]
+                                for name in ("chosen", "before"))
+                    gains.append(100 * (new - old))
+    assert f"{moved} of {number} sweeps moved the temperature" in text
+    error = np.std(later, ddof=1) / len(later) ** 0.5
+    assert (f"by {mean(then):.1f} points on the mean when it was chosen, and at the next sweep by "
+            f"{mean(later):.1f} (standard error {error:.1f})") in text
 
 def test_gains_over_continuous_in_its_best_rounds_are_those_that_were_measured():
     rows = [arm["row"] for arm in read_json(RESULTS / "cpu-table1.json")["arms"]
