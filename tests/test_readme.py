@@ -117,10 +117,14 @@ def test_accuracies_by_template_are_those_of_the_committed_runs():
     assert f"{a} points with `continuous`, {b} with + PRM re-rank, {c} with M-STaR" in text
     assert f"it would be {x}, {y} and {z}." in text
 
+def mean_over_seeds(values):
+    """(mean, ends of its 95 % interval by Student's t) of a number per seed."""
+    half = {3: 4.303, 5: 2.776, 8: 2.365}[len(values)] * np.std(values, ddof=1) / len(values) ** 0.5
+    return mean(values), mean(values) - half, mean(values) + half
+
 def over_seeds(gains):
-    """Mean and 95 % interval by Student's t, of a number per seed, in points."""
-    half = {3: 4.303, 5: 2.776, 8: 2.365}[len(gains)] * np.std(gains, ddof=1) / len(gains) ** 0.5
-    return points((mean(gains), mean(gains) - half, mean(gains) + half))
+    """The same, in points."""
+    return points(mean_over_seeds(gains))
 
 def gain_in_sound(pairs, splits):
     """Of answers that are correct and sound, over questions and runs: pairs of rows."""
@@ -174,6 +178,31 @@ def test_what_is_unsound_is_what_was_measured():
         false = [[(run["false"] - spared * run["false, another colour has it"]) / run["readings"]
                   for run in runs] for runs in greedy]
         assert cells == [f"{100 - 100 * mean(shares):.1f}" for shares in false]
+
+def test_what_labels_and_the_prm_make_of_readings_and_steps_was_measured():
+    templates, controls = (read_json(RESULTS / f"cpu-{name}.json")
+                           for name in ("templates", "controls"))
+    text = READMES[1].read_text()
+    readings = text[text.index("### What step labels make of a wrong colour"):]
+    for name, cells in first_table(readings).items():
+        kind = name.split(",")[0]
+        seeds = [seed[kind] for seed in templates["labels_of_readings"]["seeds"]]
+        points_of = [over_seeds([seed[of] for seed in seeds]) for of in ("label", "score")]
+        logits = [[seed[of] for seed in seeds] for of in ("network", "likelihood")]
+        parts = ["{:+.2f} [{:+.2f}, {:+.2f}]".format(*mean_over_seeds(part)) for part in logits]
+        assert cells == points_of + parts
+    seeds = controls["parts_of_the_prm"]["seeds"]
+    shown = list(first_table(text[text.index("| % | PRM | network alone"):]).values())
+    kinds = ("label", "label, same place", "true", "true, same place", "between questions")
+    for kind, cells in zip(kinds, shown, strict=True):
+        of_parts = [[seed[part].get(kind) for seed in seeds]
+                    for part in ("score", "network", "likelihood", "label")]
+        assert cells == ["" if None in part else f"{100 * mean(part):.1f}" for part in of_parts]
+    for one, other, kind in (("network", "label", "true, same place"),
+                             ("score", "likelihood", "label, same place"),
+                             ("score", "likelihood", "true, same place")):
+        gains = over_seeds([seed[one][kind] - seed[other][kind] for seed in seeds])
+        assert f"({gains}" in text
 
 def test_accuracies_by_seed_are_those_of_the_committed_runs():
     text = READMES[1].read_text()
